@@ -13,15 +13,15 @@ pub(super) struct Panicked;
 /// Runs a future of the user, and returns its panics as [`Panicked`].
 ///
 /// The inner future is dropped before this one resolves, so that a panic of its destructor is also returned.
-pub(super) struct Caught<F>(Option<Pin<Box<F>>>);
+pub(super) struct CatchPanic<F>(Option<Pin<Box<F>>>);
 
-impl<F: Future> Caught<F> {
+impl<F: Future> CatchPanic<F> {
     pub(super) fn new(make: impl FnOnce() -> F) -> Self {
         Self(catch_panic(|| Box::pin(make())))
     }
 }
 
-impl<F: Future> Future for Caught<F> {
+impl<F: Future> Future for CatchPanic<F> {
     type Output = Result<F::Output, Panicked>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {

@@ -14,15 +14,55 @@ use tokio::{
 };
 
 use super::{
-    catch_panic::Caught,
-    entry::{CheckState, Entry, MAX_REASON},
+    catch_panic::CatchPanic,
+    entry::{CheckEntry, CheckState, MAX_REASON},
     registry::{Health, Registry},
     schedule::{Schedule, checked_jitter, checked_thresholds},
     threshold::Threshold,
 };
-use crate::{error::ConfigError, event::event, indicator::Indicator, redact, time::Nanos};
+use crate::{
+    error::ConfigError, event::event, fault::Fault, indicator::Indicator, redact, time::Nanos,
+};
 
-type Look = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+impl Health {
+    /// Adds a check, and runs it in the background on its own schedule from now on: see [`Check`].
+    ///
+    /// The check ends when it is [removed](Self::remove), or when the last clone of this registry, its last endpoint
+    /// and its last reporter are dropped. The check must not own a clone of this registry: then neither is ever
+    /// dropped.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if a setting of the check is invalid, if its name is rejected as by
+    /// [`reporter`](Self::reporter), or if there is no Tokio runtime.
+    pub fn add(&self, mut check: Check) -> Result<(), ConfigError> {
+        if let Some(error) = check.fault.take() {
+            return Err(error);
+        }
+        let Ok(runtime) = Handle::try_current() else {
+            let remedy = "add it inside a Tokio runtime, which runs it";
+            return Err(ConfigError::new("check", redact::Value(&check.name), remedy));
+        };
+        let registry = self.registry();
+        let entry = registry.add_entry(&check.name)?;
+        if check.degrading {
+            entry.set_degrading();
+            registry.notify();
+        }
+        let (rise, fall) = check.thresholds;
+        let runner = CheckRunner {
+            registry: Arc::downgrade(registry),
+            entry: entry.clone(),
+            make: check.make,
+            schedule: check.schedule,
+            threshold: Threshold::new(rise, fall),
+        };
+        entry.set_task(runtime.spawn(runner.run()).abort_handle());
+        Ok(())
+    }
+}
+
+type CheckFuture = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
 /// A check that a [`Health`] registry runs in the background. The endpoints report its last result.
 ///
@@ -44,11 +84,11 @@ type Look = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 #[must_use = "a check does nothing until it is added to a registry"]
 pub struct Check {
     name: String,
-    ask: Box<dyn FnMut() -> Look + Send>,
+    make: Box<dyn FnMut() -> CheckFuture + Send>,
     degrading: bool,
     schedule: Schedule,
     thresholds: (u32, u32),
-    fault: Option<ConfigError>,
+    fault: Fault,
 }
 
 impl Check {
@@ -58,23 +98,23 @@ impl Check {
     /// A run that exceeds the timeout is dropped. A run must not block its thread, because it could not be dropped
     /// then. Such a check fails when its result is overdue: after the sum of `timeout` and `every` (1 s if `every` is
     /// shorter).
-    pub fn new<F, Fut, E>(name: &str, mut ask: F) -> Self
+    pub fn new<F, Fut, E>(name: &str, mut make: F) -> Self
     where
         F: FnMut() -> Fut + Send + 'static,
         Fut: Future<Output = Result<(), E>> + Send + 'static,
         E: fmt::Display,
     {
-        let ask = move || -> Look {
-            let look = ask();
-            Box::pin(async move { look.await.map_err(|why| redact::display(&why, MAX_REASON)) })
+        let make = move || -> CheckFuture {
+            let run = make();
+            Box::pin(async move { run.await.map_err(|error| redact::display(&error, MAX_REASON)) })
         };
         Self {
             name: name.to_owned(),
-            ask: Box::new(ask),
+            make: Box::new(make),
             degrading: false,
             schedule: Schedule::DEFAULT,
             thresholds: (1, 3),
-            fault: None,
+            fault: Fault::default(),
         }
     }
 
@@ -97,8 +137,8 @@ impl Check {
     /// }))?;
     /// # Ok(()) }
     /// ```
-    pub fn watch(name: &str, what: impl Indicator) -> Self {
-        Self::new(name, move || ready(what.indicate()))
+    pub fn watch(name: &str, indicator: impl Indicator) -> Self {
+        Self::new(name, move || ready(indicator.indicate()))
     }
 
     /// Makes the check degrading: while it fails, the process is degraded but remains ready. By default a check is
@@ -109,34 +149,34 @@ impl Check {
     }
 
     /// Sets the delay from the end of one run to the start of the next: 5 s by default, above zero.
-    pub fn every(mut self, wait: Duration) -> Self {
-        if let Some(wait) = self.accept(ConfigError::above_zero("every", wait)) {
-            self.schedule.every = wait;
+    pub fn every(mut self, delay: Duration) -> Self {
+        if let Some(delay) = self.fault.accept(ConfigError::above_zero("every", delay)) {
+            self.schedule.every = delay;
         }
         self
     }
 
     /// Sets another [`every`](Self::every) from the first failed run until the check passes and a run has passed: equal
     /// to `every` by default, above zero.
-    pub fn every_while_down(mut self, wait: Duration) -> Self {
-        if let Some(wait) = self.accept(ConfigError::above_zero("every_while_down", wait)) {
-            self.schedule.every_while_down = Some(wait);
+    pub fn every_while_down(mut self, delay: Duration) -> Self {
+        if let Some(delay) = self.fault.accept(ConfigError::above_zero("every_while_down", delay)) {
+            self.schedule.every_while_down = Some(delay);
         }
         self
     }
 
     /// Sets the maximum random extension of a delay, as a share of the delay: 0.1 by default, from 0 to 1.
     pub fn jitter(mut self, ratio: f64) -> Self {
-        if let Some(ratio) = self.accept(checked_jitter(ratio)) {
+        if let Some(ratio) = self.fault.accept(checked_jitter(ratio)) {
             self.schedule.jitter = ratio;
         }
         self
     }
 
     /// Sets the timeout of a run: 1 s by default, above zero.
-    pub fn timeout(mut self, longest: Duration) -> Self {
-        if let Some(longest) = self.accept(ConfigError::above_zero("timeout", longest)) {
-            self.schedule.timeout = longest;
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        if let Some(timeout) = self.fault.accept(ConfigError::above_zero("timeout", timeout)) {
+            self.schedule.timeout = timeout;
         }
         self
     }
@@ -146,109 +186,78 @@ impl Check {
     ///
     /// While the state is unknown, one success is sufficient.
     pub fn thresholds(mut self, rise: u32, fall: u32) -> Self {
-        if let Some(thresholds) = self.accept(checked_thresholds(rise, fall)) {
+        if let Some(thresholds) = self.fault.accept(checked_thresholds(rise, fall)) {
             self.thresholds = thresholds;
         }
         self
     }
-
-    /// Returns a valid setting, and stores the first fault.
-    fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
-        setting.map_err(|fault| self.fault.get_or_insert(fault).clone()).ok()
-    }
-
-    pub(super) fn start(self, health: &Health) -> Result<(), ConfigError> {
-        if let Some(fault) = self.fault {
-            return Err(fault);
-        }
-        let Ok(runtime) = Handle::try_current() else {
-            let remedy = "add it inside a Tokio runtime, which runs it";
-            return Err(ConfigError::new("check", redact::Value(&self.name), remedy));
-        };
-        let registry = health.registry();
-        let entry = registry.enter(&self.name)?;
-        if self.degrading {
-            entry.degrades();
-            registry.tell();
-        }
-        let (rise, fall) = self.thresholds;
-        let runner = Runner {
-            registry: Arc::downgrade(registry),
-            entry: entry.clone(),
-            ask: self.ask,
-            schedule: self.schedule,
-            threshold: Threshold::new(rise, fall),
-        };
-        entry.runs_as(runtime.spawn(runner.run()).abort_handle());
-        Ok(())
-    }
 }
 
 /// The task of a check. It owns no reference to the registry, so that it ends with the registry.
-struct Runner {
+struct CheckRunner {
     registry: Weak<Registry>,
-    entry: Arc<Entry>,
-    ask: Box<dyn FnMut() -> Look + Send>,
+    entry: Arc<CheckEntry>,
+    make: Box<dyn FnMut() -> CheckFuture + Send>,
     schedule: Schedule,
     threshold: Threshold,
 }
 
-impl Runner {
+impl CheckRunner {
     async fn run(mut self) {
-        let patience = self.schedule.patience();
+        let max_run_time = self.schedule.max_run_time();
         loop {
-            self.entry.looks(patience);
+            self.entry.start_check(max_run_time);
             let began = Instant::now();
-            let result = self.look().await;
+            let result = self.run_once().await;
             let took = Instant::now().saturating_duration_since(began);
             let failed = result.is_err();
-            let change = self.threshold.told(!failed);
-            if let (Some(_), Err(why)) = (change, &result) {
-                event!(health, WARN, check = self.entry.name(), reason = &**why, "check failed");
-                let _ = why;
+            let change = self.threshold.record(!failed);
+            if let (Some(_), Err(reason)) = (change, &result) {
+                event!(health, WARN, check = self.entry.name(), reason = &**reason, "check failed");
+                let _ = reason;
             } else if change.is_some() {
                 event!(health, INFO, check = self.entry.name(), "check passed");
             }
-            let wait = self.schedule.wait(self.threshold.state(), failed);
-            self.entry.looked(result, Some(took));
-            let late = self.entry.rests(wait, patience);
+            let delay = self.schedule.delay(self.threshold.state(), failed);
+            self.entry.record(result, Some(took));
+            let was_overdue = self.entry.schedule_next(delay, max_run_time);
             let changed = change.is_some_and(|to| self.entry.publish(CheckState::of(to)));
-            if changed || late {
-                self.tell();
+            if changed || was_overdue {
+                self.notify();
             }
-            sleep(wait).await;
+            sleep(delay).await;
         }
     }
 
-    async fn look(&mut self) -> Result<(), String> {
+    async fn run_once(&mut self) -> Result<(), String> {
         let timeout = self.schedule.timeout;
         let deadline = Schedule::deadline(timeout);
-        let ask = &mut self.ask;
-        let look = Caught::new(move || {
-            let look = ask();
-            async move { timeout_at(deadline, look).await }
+        let make = &mut self.make;
+        let run = CatchPanic::new(move || {
+            let run = make();
+            async move { timeout_at(deadline, run).await }
         });
-        match look.await {
+        match run.await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(format!("no result within {timeout:?}")),
             Err(_) => Err("panicked".to_owned()),
         }
     }
 
-    fn tell(&self) {
+    fn notify(&self) {
         if let Some(registry) = self.registry.upgrade() {
-            registry.tell();
+            registry.notify();
         }
     }
 }
 
-impl Drop for Runner {
+impl Drop for CheckRunner {
     /// Makes the check fail if it is still in the registry: its runtime has ended, or has no timers.
     fn drop(&mut self) {
-        self.entry.looked(Err("is not asked any more".into()), None);
-        self.entry.looks(Nanos::MAX);
+        self.entry.record(Err("its task has ended".into()), None);
+        self.entry.start_check(Nanos::MAX);
         if self.entry.publish(CheckState::Fail) {
-            self.tell();
+            self.notify();
         }
     }
 }

@@ -15,13 +15,29 @@ use tower_service::Service;
 
 use super::{
     registry::Health,
-    response::{Endpoint, Teller, is_asking, plain, without_body_for},
+    responder::{Endpoint, Responder, is_get_or_head},
+    response::{plain, without_body_for},
 };
 use crate::{
     admission::Reusable,
     drain::drain_request,
     permit::{FromBytes, TrackedBody},
 };
+
+impl Health {
+    /// Returns a layer that serves `/livez`, `/readyz` and `/healthz` without a call of the wrapped service. It should
+    /// be the outermost layer. See the [module](super).
+    pub fn endpoints(&self) -> HealthEndpointsLayer {
+        HealthEndpointsLayer { responder: Responder::new(self.clone()) }
+    }
+
+    /// Returns a service that serves `/livez`, `/readyz` and `/healthz`, and responds with 404 to other paths. For a
+    /// separate port, or for routes.
+    #[must_use]
+    pub fn service(&self) -> HealthService {
+        HealthService { responder: Responder::new(self.clone()) }
+    }
+}
 
 // ===== In front of a server =====
 
@@ -32,20 +48,16 @@ use crate::{
 #[derive(Clone, Debug)]
 #[must_use = "a layer does nothing until it wraps a service"]
 pub struct HealthEndpointsLayer {
-    teller: Teller,
+    responder: Responder,
 }
 
 impl HealthEndpointsLayer {
-    pub(super) fn new(health: Health) -> Self {
-        Self { teller: Teller { health, with_reasons: false } }
-    }
-
     /// Includes the reason of each failed check, and the time and the duration of its last run.
     ///
     /// By default the response contains `reason withheld` and no times. The text of an error can contain names of hosts
     /// and paths, also without [secrets](crate#secrets), and times reveal the network behind the process.
     pub fn with_reasons(mut self) -> Self {
-        self.teller.with_reasons = true;
+        self.responder.with_reasons = true;
         self
     }
 }
@@ -54,7 +66,7 @@ impl<S> Layer<S> for HealthEndpointsLayer {
     type Service = HealthEndpoints<S>;
 
     fn layer(&self, inner: S) -> HealthEndpoints<S> {
-        HealthEndpoints { inner, teller: self.teller.clone(), ready: false }
+        HealthEndpoints { inner, responder: self.responder.clone(), ready: false }
     }
 }
 
@@ -64,7 +76,7 @@ impl<S> Layer<S> for HealthEndpointsLayer {
 /// needed. Other calls then wait for the wrapped service in their future.
 pub struct HealthEndpoints<S> {
     inner: S,
-    teller: Teller,
+    responder: Responder,
     /// `inner` was polled ready, and may hold a reservation.
     ready: bool,
 }
@@ -74,12 +86,22 @@ impl<S> HealthEndpoints<S> {
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
+
+    /// Returns the wrapped service.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// Returns the wrapped service.
+    pub fn into_inner(self) -> S {
+        self.inner
+    }
 }
 
 impl<S: Clone> Clone for HealthEndpoints<S> {
     /// Resets readiness: a reservation belongs to the instance that made it.
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), teller: self.teller.clone(), ready: false }
+        Self { inner: self.inner.clone(), responder: self.responder.clone(), ready: false }
     }
 }
 
@@ -112,15 +134,16 @@ where
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
         let was_ready = std::mem::take(&mut self.ready);
         let state = match Endpoint::of(request.uri().path()) {
-            Some(endpoint) if is_asking(request.method()) => {
+            Some(endpoint) if is_get_or_head(request.method()) => {
                 if was_ready {
                     // The reservation of this instance is not needed. A fresh clone releases it.
                     self.inner = self.inner.clone();
                 }
-                let answer = self.teller.answer(endpoint, request.uri().query(), request.headers());
-                let answer = without_body_for(request.method(), answer);
+                let response =
+                    self.responder.respond(endpoint, request.uri().query(), request.headers());
+                let response = without_body_for(request.method(), response);
                 drain_request(request);
-                EndpointState::Answer { answer: Some(Box::new(answer)) }
+                EndpointState::Respond { response: Some(Box::new(response)) }
             }
             // Returned at once, because the future is large to move.
             _ if was_ready => {
@@ -146,7 +169,7 @@ pin_project! {
     enum EndpointState<S, Req, F> {
         Called { #[pin] future: F },
         Parked { parked: Option<Box<(S, Req)>> },
-        Answer { answer: Option<Box<Response<Bytes>>> },
+        Respond { response: Option<Box<Response<Bytes>>> },
     }
 }
 
@@ -174,11 +197,11 @@ where
                     };
                     EndpointState::Called { future: service.call(request) }
                 }
-                StateProj::Answer { answer } => {
-                    let Some(answer) = answer.take() else {
+                StateProj::Respond { response } => {
+                    let Some(response) = response.take() else {
                         unreachable!("polled after completion")
                     };
-                    return Poll::Ready(Ok(answer.map(TrackedBody::answer)));
+                    return Poll::Ready(Ok(response.map(TrackedBody::answer)));
                 }
             };
             this.state.set(next);
@@ -189,7 +212,7 @@ where
 impl<S> fmt::Debug for HealthEndpoints<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HealthEndpoints")
-            .field("health", &self.teller.health)
+            .field("health", &self.responder.health)
             .finish_non_exhaustive()
     }
 }
@@ -199,7 +222,7 @@ impl<S, Req, F> fmt::Debug for HealthEndpointsFuture<S, Req, F> {
         f.write_str(match self.state {
             EndpointState::Called { .. } => "HealthEndpointsFuture(called)",
             EndpointState::Parked { .. } => "HealthEndpointsFuture(parked)",
-            EndpointState::Answer { .. } => "HealthEndpointsFuture(answer)",
+            EndpointState::Respond { .. } => "HealthEndpointsFuture(respond)",
         })
     }
 }
@@ -210,19 +233,15 @@ impl<S, Req, F> fmt::Debug for HealthEndpointsFuture<S, Req, F> {
 /// `GET` and `HEAD`. Made by [`Health::service`].
 #[derive(Clone, Debug)]
 pub struct HealthService {
-    teller: Teller,
+    responder: Responder,
 }
 
 impl HealthService {
-    pub(super) fn new(health: Health) -> Self {
-        Self { teller: Teller { health, with_reasons: false } }
-    }
-
     /// Includes the reason of each failed check, and the time and the duration of its last run, as
     /// [`HealthEndpointsLayer::with_reasons`] does. By default the response contains none of them.
     #[must_use]
     pub fn with_reasons(mut self) -> Self {
-        self.teller.with_reasons = true;
+        self.responder.with_reasons = true;
         self
     }
 }
@@ -239,13 +258,13 @@ impl<ReqB: 'static> Service<Request<ReqB>> for HealthService {
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
         let response = match Endpoint::of(request.uri().path()) {
             None => plain(StatusCode::NOT_FOUND, "not found\n"),
-            Some(endpoint) if is_asking(request.method()) => {
-                self.teller.answer(endpoint, request.uri().query(), request.headers())
+            Some(endpoint) if is_get_or_head(request.method()) => {
+                self.responder.respond(endpoint, request.uri().query(), request.headers())
             }
             Some(_) => {
-                let mut refused = plain(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
-                refused.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
-                refused
+                let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
+                response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+                response
             }
         };
         let response = without_body_for(request.method(), response).map(HealthBody);

@@ -6,15 +6,15 @@
 //! # Overdue runs
 //!
 //! A run that blocks its thread cannot report a failure. Therefore the check stores the time by which the current run
-//! must have ended ([`Entry::looks`], [`Entry::rests`]), and readers compare it with the clock. After that time the
+//! must have ended ([`CheckEntry::start_check`], [`CheckEntry::schedule_next`]), and readers compare it with the clock. After that time the
 //! check fails, whatever its stored state. Watchers wake at that time. The first watcher that observes the overdue
-//! check notifies the others ([`Entry::turns_overdue`]), and the end of the run notifies all of them again
-//! ([`Entry::rests`]).
+//! check notifies the others ([`CheckEntry::mark_overdue`]), and the end of the run notifies all of them again
+//! ([`CheckEntry::schedule_next`]).
 
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     time::Duration,
@@ -25,6 +25,7 @@ use tokio::task::AbortHandle;
 use super::threshold::ProbeState;
 use crate::{
     redact,
+    sync::Mutex,
     time::{Clock, Nanos, nanos},
 };
 
@@ -33,6 +34,7 @@ pub(super) const MAX_REASON: usize = 256;
 
 /// The state of a check.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum CheckState {
     /// No result yet. The process is not ready, unless the check is degrading.
     #[default]
@@ -71,6 +73,7 @@ impl fmt::Display for CheckState {
 
 /// The health of the process, or the effect of one check on it, in the terms of `application/health+json`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum HealthStatus {
     /// Ready, and all checks pass.
     Pass,
@@ -132,100 +135,96 @@ impl CheckSnapshot {
 }
 
 /// One check.
-pub(super) struct Entry {
+pub(super) struct CheckEntry {
     name: Box<str>,
     state: AtomicU8,
     degrading: AtomicBool,
     /// The time by which the current run must have ended. `Nanos::MAX`: no task runs the check, so it is never overdue.
     overdue_at: AtomicU64,
     /// The watchers of the registry have been notified that the check is overdue.
-    told_overdue: AtomicBool,
-    seen: Mutex<Option<ObservedState>>,
+    overdue_notified: AtomicBool,
+    last_run: Mutex<Option<CheckResult>>,
     /// The task that runs the check. A reporter's check has none.
-    runner: OnceLock<AbortHandle>,
+    task: OnceLock<AbortHandle>,
     clock: Clock,
 }
 
 /// The result of the last run.
 #[derive(Clone, Debug)]
-struct ObservedState {
+struct CheckResult {
     result: Result<(), Option<Arc<str>>>,
     at: Nanos,
     took: Option<Duration>,
 }
 
-impl Entry {
+impl CheckEntry {
     pub(super) fn new(name: &str) -> Self {
         Self {
             name: name.into(),
             state: AtomicU8::new(CheckState::Unknown as u8),
             degrading: AtomicBool::new(false),
             overdue_at: AtomicU64::new(Nanos::MAX),
-            told_overdue: AtomicBool::new(false),
-            seen: Mutex::new(None),
-            runner: OnceLock::new(),
+            overdue_notified: AtomicBool::new(false),
+            last_run: Mutex::new(None),
+            task: OnceLock::new(),
             clock: Clock::new(),
         }
     }
 
     /// Returns whether a task of the registry runs this check.
-    pub(super) fn runs(&self) -> bool {
-        self.runner.get().is_some()
+    pub(super) fn has_task(&self) -> bool {
+        self.task.get().is_some()
     }
 
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    pub(super) fn degrades(&self) {
+    pub(super) fn set_degrading(&self) {
         self.degrading.store(true, Ordering::Release);
     }
 
-    pub(super) fn runs_as(&self, runner: AbortHandle) {
-        let _ = self.runner.set(runner);
+    pub(super) fn set_task(&self, task: AbortHandle) {
+        let _ = self.task.set(task);
     }
 
     pub(super) fn stop(&self) {
-        if let Some(runner) = self.runner.get() {
-            runner.abort();
+        if let Some(task) = self.task.get() {
+            task.abort();
         }
     }
 
     // ===== Writes =====
 
-    /// Records the start of a run, which must end within `patience`.
-    pub(super) fn looks(&self, patience: Nanos) {
-        self.overdue_at.store(self.clock.now().saturating_add(patience), Ordering::Release);
+    /// Records the start of a run, which must end within `max_run_time`.
+    pub(super) fn start_check(&self, max_run_time: Nanos) {
+        self.overdue_at.store(self.clock.now().saturating_add(max_run_time), Ordering::Release);
     }
 
     /// Records the result of a run.
-    pub(super) fn looked(&self, result: Result<(), String>, took: Option<Duration>) {
+    pub(super) fn record(&self, result: Result<(), String>, took: Option<Duration>) {
         let result = result.map_err(reason);
-        *self.seen() = Some(ObservedState { result, at: self.clock.now(), took });
+        *self.last_run.lock() = Some(CheckResult { result, at: self.clock.now(), took });
     }
 
-    /// Records the end of a run: the next one must end within the delay and `patience`.
+    /// Records the end of a run: the next one must end within the delay and `max_run_time`.
     ///
     /// Returns whether the watchers had been notified that the check is overdue. The caller then notifies them again,
     /// because it no longer is.
-    pub(super) fn rests(&self, wait: Duration, patience: Nanos) -> bool {
-        self.looks(nanos(wait).saturating_add(patience));
-        self.told_overdue.swap(false, Ordering::AcqRel)
+    pub(super) fn schedule_next(&self, delay: Duration, max_run_time: Nanos) -> bool {
+        self.start_check(nanos(delay).saturating_add(max_run_time));
+        self.overdue_notified.swap(false, Ordering::AcqRel)
     }
 
     /// Returns whether the check is overdue and the watchers have not been notified of it yet. The caller then notifies
     /// them.
-    pub(super) fn turns_overdue(&self) -> bool {
-        self.is_overdue() && !self.told_overdue.swap(true, Ordering::AcqRel)
+    pub(super) fn mark_overdue(&self) -> bool {
+        self.is_overdue() && !self.overdue_notified.swap(true, Ordering::AcqRel)
     }
 
     /// Sets the state. Returns whether it has changed.
     pub(super) fn publish(&self, state: CheckState) -> bool {
         self.state.swap(state as u8, Ordering::AcqRel) != state as u8
-    }
-
-    fn seen(&self) -> MutexGuard<'_, Option<ObservedState>> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     // ===== Reads =====
@@ -264,12 +263,12 @@ impl Entry {
 
     pub(super) fn snapshot(&self) -> CheckSnapshot {
         let overdue = self.is_overdue();
-        let seen = self.seen().clone();
-        let failed = seen.as_ref().and_then(|seen| seen.result.as_ref().err());
+        let last = self.last_run.lock().clone();
+        let failed = last.as_ref().and_then(|last| last.result.as_ref().err());
         let reason = if overdue {
             Some("gives no result any more".to_owned())
         } else {
-            failed.and_then(|why| why.as_deref().map(str::to_owned))
+            failed.and_then(|reason| reason.as_deref().map(str::to_owned))
         };
         CheckSnapshot {
             name: self.name.to_string(),
@@ -278,21 +277,21 @@ impl Entry {
             healthy: if overdue {
                 Some(false)
             } else {
-                seen.as_ref().map(|seen| seen.result.is_ok())
+                last.as_ref().map(|last| last.result.is_ok())
             },
             reason,
-            age: seen
+            age: last
                 .as_ref()
-                .map(|seen| Duration::from_nanos(self.clock.now().saturating_sub(seen.at))),
-            took: seen.and_then(|seen| seen.took),
+                .map(|last| Duration::from_nanos(self.clock.now().saturating_sub(last.at))),
+            took: last.and_then(|last| last.took),
         }
     }
 }
 
 /// Returns one line of at most [`MAX_REASON`] bytes of printable characters, without secrets.
-fn reason(said: String) -> Option<Arc<str>> {
+fn reason(text: String) -> Option<Arc<str>> {
     // Secrets are redacted before the line breaks are replaced, because a URI may continue after a line break.
-    let safe = redact::text(&said, MAX_REASON);
+    let safe = redact::text(&text, MAX_REASON);
     let line: String = safe.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let line = line.trim();
     (!line.is_empty()).then(|| line.into())

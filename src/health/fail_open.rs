@@ -1,14 +1,14 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
 use tokio::sync::Notify;
 
-use crate::error::ConfigError;
+use crate::{error::ConfigError, sync::Mutex};
 
 /// A set of health gates that admit calls although they are down, while too many gates of the set are down.
 ///
@@ -18,10 +18,10 @@ use crate::error::ConfigError;
 ///
 /// A set needs two gates or more: a single gate would admit calls whenever it is down.
 #[derive(Clone)]
-pub struct FailOpen(Arc<Set>);
+pub struct FailOpen(Arc<GateSet>);
 
-struct Set {
-    /// The set panics below this share of gates that are not down, in millionths. 0: only when all gates are down.
+struct GateSet {
+    /// The set is active below this share of gates that are not down, in millionths. 0: only when all gates are down.
     share: usize,
     members: AtomicUsize,
     down: AtomicUsize,
@@ -39,13 +39,13 @@ impl Default for FailOpen {
 }
 
 impl FailOpen {
-    /// Returns a guard that admits calls while all gates of the set are down.
+    /// Returns a set that admits calls while all gates of the set are down.
     #[must_use]
     pub fn new() -> Self {
         Self::at(0)
     }
 
-    /// Returns a guard that admits calls while the share of gates that are not down is below this ratio. Envoy's
+    /// Returns a set that admits calls while the share of gates that are not down is below this ratio. Envoy's
     /// default is 0.5.
     ///
     /// # Errors
@@ -54,12 +54,12 @@ impl FailOpen {
     pub fn below(ratio: f64) -> Result<Self, ConfigError> {
         match ratio {
             0.0..=1.0 => Ok(Self::at((ratio * WHOLE as f64) as usize)),
-            _ => Err(ConfigError::new("panic_guard.below", ratio, "use a ratio from 0 to 1")),
+            _ => Err(ConfigError::new("fail_open.below", ratio, "use a ratio from 0 to 1")),
         }
     }
 
     fn at(share: usize) -> Self {
-        Self(Arc::new(Set {
+        Self(Arc::new(GateSet {
             share,
             members: AtomicUsize::new(0),
             down: AtomicUsize::new(0),
@@ -69,7 +69,7 @@ impl FailOpen {
 
     /// Returns whether the gates of the set admit calls although they are down.
     #[must_use]
-    pub fn panics(&self) -> bool {
+    pub fn is_active(&self) -> bool {
         let members = self.0.members.load(Ordering::Acquire);
         let down = self.0.down.load(Ordering::Acquire).min(members);
         let (up, needed) =
@@ -77,14 +77,10 @@ impl FailOpen {
         down > 0 && (up < needed || down == members)
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Vec<Arc<Notify>>> {
-        self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Wakes the callers of all gates of the set.
-    pub(super) fn tell(&self) {
+    pub(super) fn notify(&self) {
         // The lock is released first: a waker is user code, and may drop a gate, which locks the list.
-        let waiting = self.waiting().clone();
+        let waiting = self.0.waiting.lock().clone();
         for notify in waiting {
             notify.notify_waiters();
         }
@@ -92,46 +88,42 @@ impl FailOpen {
 }
 
 /// The membership of a gate in a set. It ends when the gate is dropped.
-pub(super) struct Member {
-    guard: FailOpen,
+pub(super) struct Membership {
+    set: FailOpen,
     down: bool,
     changed: Arc<Notify>,
 }
 
-impl Member {
-    pub(super) fn of(guard: &FailOpen, changed: &Arc<Notify>) -> Self {
-        guard.0.members.fetch_add(1, Ordering::AcqRel);
-        guard.waiting().push(changed.clone());
-        Self { guard: guard.clone(), down: false, changed: changed.clone() }
+impl Membership {
+    pub(super) fn new(set: &FailOpen, changed: &Arc<Notify>) -> Self {
+        set.0.members.fetch_add(1, Ordering::AcqRel);
+        set.0.waiting.lock().push(changed.clone());
+        Self { set: set.clone(), down: false, changed: changed.clone() }
     }
 
-    pub(super) fn guard(&self) -> &FailOpen {
-        &self.guard
-    }
-
-    /// Records whether the gate is down. Returns the guard if that changed: the caller then
-    /// [notifies](FailOpen::tell) the gates without a lock, because that wakes callers.
+    /// Records whether the gate is down. Returns the set if that changed: the caller then
+    /// [notifies](FailOpen::notify) the gates without a lock, because that wakes callers.
     #[must_use]
-    pub(super) fn is_now(&mut self, down: bool) -> Option<FailOpen> {
+    pub(super) fn set_down(&mut self, down: bool) -> Option<FailOpen> {
         if std::mem::replace(&mut self.down, down) == down {
             return None;
         }
         if down {
-            self.guard.0.down.fetch_add(1, Ordering::AcqRel);
+            self.set.0.down.fetch_add(1, Ordering::AcqRel);
         } else {
-            self.guard.0.down.fetch_sub(1, Ordering::AcqRel);
+            self.set.0.down.fetch_sub(1, Ordering::AcqRel);
         }
-        Some(self.guard.clone())
+        Some(self.set.clone())
     }
 }
 
-impl Drop for Member {
+impl Drop for Membership {
     fn drop(&mut self) {
-        self.guard.waiting().retain(|other| !Arc::ptr_eq(other, &self.changed));
-        // The guard is not used: all gates are notified below.
-        let _ = self.is_now(false);
-        self.guard.0.members.fetch_sub(1, Ordering::AcqRel);
-        self.guard.tell();
+        self.set.0.waiting.lock().retain(|other| !Arc::ptr_eq(other, &self.changed));
+        // The set is not used: all gates are notified below.
+        let _ = self.set_down(false);
+        self.set.0.members.fetch_sub(1, Ordering::AcqRel);
+        self.set.notify();
     }
 }
 
@@ -148,18 +140,18 @@ impl fmt::Debug for FailOpen {
 mod tests {
     use super::*;
 
-    fn set(guard: &FailOpen, all: usize, down: usize) -> Vec<Member> {
+    fn members_of(set: &FailOpen, all: usize, down: usize) -> Vec<Membership> {
         let mut members: Vec<_> =
-            (0..all).map(|_| Member::of(guard, &Arc::new(Notify::new()))).collect();
+            (0..all).map(|_| Membership::new(set, &Arc::new(Notify::new()))).collect();
         for member in members.iter_mut().take(down) {
-            let _ = member.is_now(true);
+            let _ = member.set_down(true);
         }
         members
     }
 
     #[test]
-    fn when_all_or_too_many_are_down() {
-        for (share, all, down, panics) in [
+    fn set_is_active_while_all_or_too_many_gates_are_down() {
+        for (share, all, down, is_active) in [
             (0.0, 3, 2, false),
             (0.0, 3, 3, true),
             (0.0, 0, 0, false),
@@ -168,14 +160,14 @@ mod tests {
             (1.0, 4, 1, true),
             (1.0, 4, 0, false),
         ] {
-            let guard = FailOpen::below(share).unwrap();
-            let members = set(&guard, all, down);
-            assert_eq!(guard.panics(), panics, "{down} of {all} below {share}");
+            let set = FailOpen::below(share).unwrap();
+            let members = members_of(&set, all, down);
+            assert_eq!(set.is_active(), is_active, "{down} of {all} below {share}");
             drop(members);
-            assert!(!guard.panics() && guard.waiting().is_empty());
+            assert!(!set.is_active() && set.0.waiting.lock().is_empty());
         }
         for bad in [-0.1, 1.1, f64::NAN] {
-            assert_eq!(FailOpen::below(bad).unwrap_err().field, "panic_guard.below");
+            assert_eq!(FailOpen::below(bad).unwrap_err().field, "fail_open.below");
         }
     }
 }

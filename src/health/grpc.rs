@@ -103,15 +103,15 @@ impl health_server::Health for GrpcHealth {
         if !service.is_empty() && !is_name(&service) && !self.services.contains(&service) {
             service = "?".to_owned();
         }
-        Ok(Response::new(HealthWatch { of: self.clone(), service, told: None, wait: None }))
+        Ok(Response::new(HealthWatch { health: self.clone(), service, sent: None, wait: None }))
     }
 }
 
 /// The stream of a `Watch` call: the current status, then each change of it. It ends when the process stops.
 pub struct HealthWatch {
-    of: GrpcHealth,
+    health: GrpcHealth,
     service: String,
-    told: Option<ServingStatus>,
+    sent: Option<ServingStatus>,
     wait: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
@@ -125,16 +125,16 @@ impl Stream for HealthWatch {
                 self.wait = None;
             }
             // The version is read before the status, so that no later change is missed.
-            let version = self.of.health.version();
-            let now = self.of.status(&self.service).unwrap_or(ServingStatus::ServiceUnknown);
-            if self.told != Some(now) {
-                self.told = Some(now);
+            let version = self.health.health.version();
+            let now = self.health.status(&self.service).unwrap_or(ServingStatus::ServiceUnknown);
+            if self.sent != Some(now) {
+                self.sent = Some(now);
                 return Poll::Ready(Some(Ok(HealthCheckResponse { status: now.into() })));
             }
-            if self.of.health.has_ended() {
+            if self.health.health.has_ended() {
                 return Poll::Ready(None);
             }
-            let health = self.of.health.clone();
+            let health = self.health.health.clone();
             self.wait = Some(Box::pin(async move { health.changed_since(version).await }));
         }
     }
@@ -144,7 +144,7 @@ impl fmt::Debug for HealthWatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HealthWatch")
             .field("service", &self.service)
-            .field("told", &self.told)
+            .field("sent", &self.sent)
             .finish_non_exhaustive()
     }
 }

@@ -1,7 +1,7 @@
 use std::{fmt, pin::pin, sync::Arc, time::Duration};
 
 use super::{gate::Gate, probe::ProbeFailure, threshold::ProbeState};
-use crate::indicator::Indicator;
+use crate::{error::ConfigError, indicator::Indicator};
 
 /// A handle to the gate of a [`HealthProbeLayer`](super::layer::HealthProbeLayer).
 ///
@@ -28,9 +28,11 @@ pub struct HealthProbeSnapshot {
     /// Number of probes that have begun.
     pub probes: u64,
     /// Number of probes that were [skipped](super::layer::HealthProbeLayer::passive) because calls had proved health.
-    pub spared: u64,
+    pub skipped: u64,
     /// Number of calls that the gate has rejected.
-    pub refused: u64,
+    pub rejected: u64,
+    /// Number of calls that would have been rejected without [shadow mode](super::layer::HealthProbeLayer::shadow).
+    pub shadowed: u64,
 }
 
 /// The last probe that has ended.
@@ -56,9 +58,9 @@ impl HealthProbeHandle {
     #[must_use]
     pub fn snapshot(&self) -> HealthProbeSnapshot {
         let now = self.0.now();
-        let refused = self.0.refused();
+        let (rejected, shadowed) = (self.0.rejected(), self.0.shadowed());
         self.0.with(|probing| {
-            let (consecutive_successes, consecutive_failures) = probing.threshold.in_a_row();
+            let (consecutive_successes, consecutive_failures) = probing.threshold.consecutive();
             HealthProbeSnapshot {
                 state: probing.threshold.state(),
                 last: probing.last.map(|last| LastProbe {
@@ -70,8 +72,9 @@ impl HealthProbeHandle {
                 consecutive_successes,
                 consecutive_failures,
                 probes: probing.probes,
-                spared: probing.spared,
-                refused,
+                skipped: probing.skipped,
+                rejected,
+                shadowed,
             }
         })
     }
@@ -92,12 +95,77 @@ impl HealthProbeHandle {
     }
 }
 
+/// Settings of a running layer. The delay that has begun and the probe in flight are not affected.
+impl HealthProbeHandle {
+    /// Sets the [`every`](super::layer::HealthProbeLayer::every) of the layer.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the delay is zero.
+    pub fn set_every(&self, delay: Duration) -> Result<(), ConfigError> {
+        self.0.set_every(delay)
+    }
+
+    /// Sets the [`every_while_down`](super::layer::HealthProbeLayer::every_while_down) of the layer.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the delay is zero.
+    pub fn set_every_while_down(&self, delay: Duration) -> Result<(), ConfigError> {
+        self.0.set_every_while_down(delay)
+    }
+
+    /// Sets the [`jitter`](super::layer::HealthProbeLayer::jitter) of the layer.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the ratio is not from 0 to 1.
+    pub fn set_jitter(&self, ratio: f64) -> Result<(), ConfigError> {
+        self.0.set_jitter(ratio)
+    }
+
+    /// Sets the [`timeout`](super::layer::HealthProbeLayer::timeout) of the layer.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the timeout is zero.
+    pub fn set_timeout(&self, timeout: Duration) -> Result<(), ConfigError> {
+        self.0.set_timeout(timeout)
+    }
+
+    /// Sets the [`thresholds`](super::layer::HealthProbeLayer::thresholds) of the layer. The numbers of consecutive
+    /// results are kept.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if a threshold is 0.
+    pub fn set_thresholds(&self, rise: u32, fall: u32) -> Result<(), ConfigError> {
+        self.0.set_thresholds(rise, fall)
+    }
+
+    /// Sets the [`immediate_failure`](super::layer::HealthProbeLayer::immediate_failure) of the layer. Has no effect on
+    /// probes without a status.
+    pub fn set_immediate_failure(&self, on: bool) {
+        self.0.set_immediate_failure(on);
+    }
+
+    /// Sets whether the layer is [`passive`](super::layer::HealthProbeLayer::passive).
+    pub fn set_passive(&self, on: bool) {
+        self.0.set_passive(on);
+    }
+
+    /// Sets whether the layer is in [shadow mode](super::layer::HealthProbeLayer::shadow).
+    pub fn set_shadow(&self, on: bool) {
+        self.0.set_shadow(on);
+    }
+}
+
 impl Indicator for HealthProbeHandle {
     /// Returns `Ok` while the gate is up.
     fn indicate(&self) -> Result<(), String> {
         match self.state() {
             ProbeState::Up => Ok(()),
-            state => Err(format!("health probe says {state}")),
+            state => Err(format!("health probe is {state}")),
         }
     }
 }

@@ -14,7 +14,7 @@ use super::{
     response::{status, typed},
 };
 
-pub(super) fn answer(
+pub(super) fn json_response(
     all: HealthStatus,
     checks: &[CheckSnapshot],
     with_reasons: bool,
@@ -33,22 +33,22 @@ fn object(body: &mut String, check: &CheckSnapshot, with_reasons: bool, now: Sys
     // The characters that a name may contain need no escapes in JSON.
     let CheckSnapshot { name, critical, .. } = check;
     let status = check.status();
-    let mut put = |what: std::fmt::Arguments<'_>| {
+    let mut write = |text: std::fmt::Arguments<'_>| {
         // Writing to a string does not fail.
-        let _ = body.write_fmt(what);
+        let _ = body.write_fmt(text);
     };
-    put(format_args!(r#""{name}":[{{"status":"{status}","critical":{critical}"#));
+    write(format_args!(r#""{name}":[{{"status":"{status}","critical":{critical}"#));
     if let Some(healthy) = check.healthy {
-        put(format_args!(r#","healthy":{healthy}"#));
+        write(format_args!(r#","healthy":{healthy}"#));
     }
     // The duration and the time of a check reveal the network behind the process.
     if let Some(took) = check.took.filter(|_| with_reasons) {
-        put(format_args!(r#","response_time_ms":{:.3}"#, took.as_secs_f64() * 1000.0));
+        write(format_args!(r#","response_time_ms":{:.3}"#, took.as_secs_f64() * 1000.0));
     }
     if let Some(age) = check.age.filter(|_| with_reasons) {
-        put(format_args!(r#","last_check":"{}""#, rfc3339(now.checked_sub(age).unwrap_or(now))));
+        write(format_args!(r#","last_check":"{}""#, rfc3339(now.checked_sub(age).unwrap_or(now))));
     }
-    let why = match check.state {
+    let reason = match check.state {
         CheckState::Pass => None,
         CheckState::Unknown => Some("no verdict yet"),
         CheckState::Fail if with_reasons => {
@@ -56,10 +56,10 @@ fn object(body: &mut String, check: &CheckSnapshot, with_reasons: bool, now: Sys
         }
         CheckState::Fail => Some("reason withheld"),
     };
-    if let Some(why) = why {
-        put(format_args!(r#","output":"{}""#, escaped(why)));
+    if let Some(reason) = reason {
+        write(format_args!(r#","output":"{}""#, escaped(reason)));
     }
-    put(format_args!("}}]"));
+    write(format_args!("}}]"));
 }
 
 fn escaped(text: &str) -> String {
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates() {
+    fn times_are_written_as_rfc_3339() {
         for (seconds, written) in [
             (0, "1970-01-01T00:00:00.000Z"),
             (951_782_399, "2000-02-28T23:59:59.000Z"),
@@ -120,23 +120,23 @@ mod tests {
         // Against another implementation, a day in each of six hundred years.
         for n in 0..600 {
             let at = UNIX_EPOCH + Duration::from_secs(n * 31_556_952 + 12_345);
-            let theirs = httpdate::fmt_http_date(at);
-            let ours = rfc3339(at);
+            let expected = httpdate::fmt_http_date(at);
+            let written = rfc3339(at);
             assert_eq!(
-                (&ours[..4], &ours[8..10], &ours[11..19]),
-                (&theirs[12..16], &theirs[5..7], &theirs[17..25])
+                (&written[..4], &written[8..10], &written[11..19]),
+                (&expected[12..16], &expected[5..7], &expected[17..25])
             );
         }
     }
 
     #[test]
-    fn hostile_reasons_stay_inside_of_their_string() {
+    fn hostile_reasons_stay_inside_their_string() {
         assert_eq!(escaped("a\"},\\\n\u{7}ä"), r#"a\"},\\  ä"#);
     }
 
     proptest! {
         #[test]
-        fn fuzz_whatever_a_reason_says_it_is_json(reason in ".{0,40}", took in any::<Option<Duration>>()) {
+        fn fuzz_response_with_any_reason_is_json(reason in ".{0,40}", took in any::<Option<Duration>>()) {
             let check = CheckSnapshot {
                 name: "db".to_owned(),
                 state: CheckState::Fail,
@@ -146,12 +146,12 @@ mod tests {
                 age: took,
                 took,
             };
-            let told = answer(HealthStatus::Fail, &[check], true);
-            let told: serde_json::Value = serde_json::from_slice(told.body()).unwrap();
-            let said = told["checks"]["db"][0]["output"].as_str().unwrap();
-            let tame: String =
+            let response = json_response(HealthStatus::Fail, &[check], true);
+            let json: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
+            let output = json["checks"]["db"][0]["output"].as_str().unwrap();
+            let expected: String =
                 reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-            prop_assert_eq!(said, tame);
+            prop_assert_eq!(output, expected);
         }
     }
 }

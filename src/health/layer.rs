@@ -5,7 +5,7 @@ use tower_layer::Layer;
 
 use super::{
     fail_open::FailOpen,
-    gate::{Gate, WhileDown},
+    gate::Gate,
     handle::HealthProbeHandle,
     probe::{
         AnyResponse, CallProbe, ClassifiedProbe, FnProbe, Get, Grpc, HttpProbe, Probe,
@@ -13,7 +13,6 @@ use super::{
     },
     registry::Health,
     reporter::Reporter,
-    schedule::{checked_jitter, checked_thresholds},
 };
 use crate::{
     admission::{Plan, Reusable, admission_layer},
@@ -27,6 +26,9 @@ admission_layer! {
     ///
     /// A layer and its clones share one gate and one prober, even if the layer is applied several times. The prober
     /// probes the service that the layer wraps first. Two upstreams need two layers. See the [module](super).
+    ///
+    /// A setter after the layer has built a service returns a layer with a gate of its own, which reports to no check of
+    /// a registry until [`report_to`](Self::report_to). Use the [handle](Self::handle) to change a running layer.
     layer HealthProbeLayer { probe: P }
     /// The service of a [`HealthProbeLayer`].
     service HealthProbe []
@@ -56,8 +58,8 @@ impl HealthProbeLayer<()> {
     /// use http::Request;
     ///
     /// let probe = HealthProbeLayer::request(|| {
-    ///     let ask = Request::post("http://search:8080/ping").header("authorization", "Bearer …");
-    ///     ask.body(Body::from("ping")).unwrap_or_default()
+    ///     let ping = Request::post("http://search:8080/ping").header("authorization", "Bearer …");
+    ///     ping.body(Body::from("ping")).unwrap_or_default()
     /// })
     /// .expect_status(|status| status.is_success() || status == 401)
     /// .expect_body(|body| body.starts_with(b"pong"));
@@ -125,7 +127,7 @@ impl HealthProbeLayer<()> {
     where
         F: Fn() -> Req + Clone + Send + 'static,
     {
-        HealthProbeLayer::with(CallProbe { make, judge: AnyResponse }, PerResponse, None)
+        HealthProbeLayer::with(CallProbe { make, classify: AnyResponse }, PerResponse, None)
     }
 }
 
@@ -140,9 +142,9 @@ impl<P: HttpProbe, M, R> HealthProbeLayer<P, M, R> {
     /// Sets the HTTP statuses that pass: 200 to 299 by default.
     pub fn expect_status(
         mut self,
-        fits: impl Fn(StatusCode) -> bool + Send + Sync + 'static,
+        passes: impl Fn(StatusCode) -> bool + Send + Sync + 'static,
     ) -> Self {
-        self.probe.expected().set_status(fits);
+        self.probe.expected().set_status(passes);
         self
     }
 
@@ -150,8 +152,8 @@ impl<P: HttpProbe, M, R> HealthProbeLayer<P, M, R> {
     ///
     /// The closure receives the whole body. A probe fails if the body has more than 64 KiB, or does not end within the
     /// [`timeout`](Self::timeout).
-    pub fn expect_body(mut self, fits: impl Fn(&[u8]) -> bool + Send + Sync + 'static) -> Self {
-        self.probe.expected().set_body(fits);
+    pub fn expect_body(mut self, passes: impl Fn(&[u8]) -> bool + Send + Sync + 'static) -> Self {
+        self.probe.expected().set_body(passes);
         self
     }
 }
@@ -167,25 +169,26 @@ impl<P: StatusProbe, M, R> HealthProbeLayer<P, M, R> {
     ///
     /// A server that is at its limit must not reject the probe with a 503: exempt the path of the probe from the limit
     /// ([`exempt_paths`](crate::limit::ConcurrencyLimitLayer::exempt_paths)).
+    ///
+    /// [`set_immediate_failure`](HealthProbeHandle::set_immediate_failure) changes it on a running layer.
     pub fn immediate_failure(self, on: bool) -> Self {
-        self.plan.policy.with(|probing| probing.immediate_failure = on);
-        self
+        self.with_gate(|gate| gate.set_immediate_failure(on))
     }
 }
 
 impl<F, M, R> HealthProbeLayer<CallProbe<F>, M, R> {
     /// Classifies the results of probes by a closure. It receives the response or the error of the wrapped service, and
     /// returns `true` if the probe passes.
-    pub fn classify_probe<J, Res, E>(
+    pub fn classify_probe<C, Res, E>(
         self,
-        judge: J,
-    ) -> HealthProbeLayer<CallProbe<F, ClassifiedProbe<J>>, M, R>
+        classify: C,
+    ) -> HealthProbeLayer<CallProbe<F, ClassifiedProbe<C>>, M, R>
     where
-        J: for<'a> Fn(Result<&'a Res, &'a E>) -> bool + Clone + Send + 'static,
+        C: for<'a> Fn(Result<&'a Res, &'a E>) -> bool + Clone + Send + 'static,
     {
         HealthProbeLayer {
             plan: self.plan,
-            probe: CallProbe { make: self.probe.make, judge: ClassifiedProbe(judge) },
+            probe: CallProbe { make: self.probe.make, classify: ClassifiedProbe(classify) },
         }
     }
 }
@@ -193,31 +196,28 @@ impl<F, M, R> HealthProbeLayer<CallProbe<F>, M, R> {
 impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// Sets the delay from the end of one probe to the start of the next: 5 s by default, above zero. The first probe
     /// is sent at once.
-    pub fn every(mut self, wait: Duration) -> Self {
-        if let Some(wait) = self.plan.accept(ConfigError::above_zero("every", wait)) {
-            self.plan.policy.with(|probing| probing.schedule.every = wait);
-        }
-        self
+    ///
+    /// [`set_every`](HealthProbeHandle::set_every) changes it on a running layer.
+    pub fn every(self, delay: Duration) -> Self {
+        self.set(|gate| gate.set_every(delay))
     }
 
     /// Sets the maximum random extension of a delay, as a share of [`every`](Self::every): 0.1 by default, from 0 to 1.
     /// It prevents many clients from probing at the same time.
-    pub fn jitter(mut self, ratio: f64) -> Self {
-        if let Some(ratio) = self.plan.accept(checked_jitter(ratio)) {
-            self.plan.policy.with(|probing| probing.schedule.jitter = ratio);
-        }
-        self
+    ///
+    /// [`set_jitter`](HealthProbeHandle::set_jitter) changes it on a running layer.
+    pub fn jitter(self, ratio: f64) -> Self {
+        self.set(|gate| gate.set_jitter(ratio))
     }
 
     /// Sets the timeout of a probe: 1 s by default, above zero.
     ///
     /// A probe fails if the service is not ready, or the response head does not arrive, within this time. The body is
     /// read in the rest of it.
-    pub fn timeout(mut self, longest: Duration) -> Self {
-        if let Some(longest) = self.plan.accept(ConfigError::above_zero("timeout", longest)) {
-            self.plan.policy.with(|probing| probing.schedule.timeout = longest);
-        }
-        self
+    ///
+    /// [`set_timeout`](HealthProbeHandle::set_timeout) changes it on a running layer.
+    pub fn timeout(self, timeout: Duration) -> Self {
+        self.set(|gate| gate.set_timeout(timeout))
     }
 
     /// Sets the number of successive probes that must pass before the upstream is up again (1 by default), and the
@@ -225,13 +225,10 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     ///
     /// The first success after the start takes the upstream up at once. A response with status 503 takes it down at
     /// once: see [`immediate_failure`](Self::immediate_failure).
-    pub fn thresholds(mut self, rise: u32, fall: u32) -> Self {
-        if let Some((rise, fall)) = self.plan.accept(checked_thresholds(rise, fall)) {
-            self.plan.policy.with(|probing| {
-                (probing.threshold.rise, probing.threshold.fall) = (rise, fall);
-            });
-        }
-        self
+    ///
+    /// [`set_thresholds`](HealthProbeHandle::set_thresholds) changes them on a running layer.
+    pub fn thresholds(self, rise: u32, fall: u32) -> Self {
+        self.set(|gate| gate.set_thresholds(rise, fall))
     }
 
     /// Adds a check with this name to a registry. The check has the state of the gate: it passes while the gate is up.
@@ -250,42 +247,48 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// Reports the state of the gate by this reporter, as [`report_to`](Self::report_to) does by a new one. For example
     /// with a degrading check: `.report_by(health.reporter("search")?.degrading())`.
     pub fn report_by(self, reporter: Reporter) -> Self {
-        self.plan.policy.name(reporter.name());
-        self.plan.policy.report_to(reporter);
-        self
+        self.with_gate(|gate| gate.report_to(reporter))
     }
 
     /// Sets another [`every`](Self::every) from the first failed probe until the gate is up and a probe has passed:
     /// equal to `every` by default, above zero.
     ///
     /// A short time detects an outage and its end sooner, without more probes of a healthy upstream.
-    pub fn every_while_down(mut self, wait: Duration) -> Self {
-        if let Some(wait) = self.plan.accept(ConfigError::above_zero("every_while_down", wait)) {
-            self.plan.policy.with(|probing| probing.schedule.every_while_down = Some(wait));
-        }
-        self
+    ///
+    /// [`set_every_while_down`](HealthProbeHandle::set_every_while_down) changes it on a running layer.
+    pub fn every_while_down(self, delay: Duration) -> Self {
+        self.set(|gate| gate.set_every_while_down(delay))
     }
 
     /// Skips a probe if calls have proved health since the previous one: at least one succeeded and none failed. This
     /// counts as a probe that passed. By default every probe is sent.
     ///
     /// Only a gate that is up skips probes. Only probes take it down, and up again.
+    ///
+    /// [`set_passive`](HealthProbeHandle::set_passive) changes it on a running layer.
     pub fn passive(self) -> Self {
-        self.plan.policy.listen();
-        self
+        self.with_gate(|gate| gate.set_passive(true))
     }
 
-    /// Sets the treatment of calls while the gate is down: they are rejected by default.
-    pub fn while_down(self, how: WhileDown) -> Self {
-        self.plan.policy.set_while_down(how);
-        self
+    /// Makes the service not ready while the gate is down, instead of rejecting calls. A load balancer then selects
+    /// another endpoint. A call that is made nevertheless is rejected.
+    pub fn backpressure(self) -> Self {
+        self.with_gate(Gate::set_backpressure)
     }
 
-    /// Adds the gate to the set of `guard`: while too many gates of the set are down, this gate admits calls although
-    /// it is down. A gate keeps its first guard.
-    pub fn fail_open(self, guard: &FailOpen) -> Self {
-        self.plan.policy.join(guard);
-        self
+    /// Enables shadow mode: the layer rejects no calls, and
+    /// [`shadowed`](super::handle::HealthProbeSnapshot::shadowed) counts those that it would reject. The gate still
+    /// affects its check in a registry.
+    ///
+    /// [`set_shadow`](HealthProbeHandle::set_shadow) changes it on a running layer.
+    pub fn shadow(self) -> Self {
+        self.with_gate(|gate| gate.set_shadow(true))
+    }
+
+    /// Adds the gate to a set: while too many gates of the set are down, this gate admits calls although it is down. A
+    /// gate remains in its first set.
+    pub fn fail_open(self, set: &FailOpen) -> Self {
+        self.with_gate(|gate| gate.join(set))
     }
 
     /// Adds a listener that receives the result of each probe. It runs in the task of the prober. Its panics are
@@ -316,14 +319,30 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         self,
         listener: impl Fn(Result<(), ProbeFailure>) + Send + Sync + 'static,
     ) -> Self {
-        self.plan.policy.with(|probing| probing.listeners.push(Arc::new(listener)));
+        self.with_gate(|gate| gate.add_listener(listener))
+    }
+
+    /// Sets the name in rejections and events.
+    pub fn name(self, name: &str) -> Self {
+        self.with_gate(|gate| gate.set_name(name))
+    }
+
+    /// Applies a setter to the gate, or to a fork of it if the layer has built a service.
+    fn set(mut self, set: impl FnOnce(&Gate) -> Result<(), ConfigError>) -> Self {
+        if self.plan.policy.is_in_use() {
+            self.plan.policy = Arc::new(self.plan.policy.fork());
+        }
+        let result = set(&self.plan.policy);
+        self.plan.accept(result);
         self
     }
 
-    /// Sets the name in rejections and events. The first name that is set remains.
-    pub fn name(self, name: &str) -> Self {
-        self.plan.policy.name(name);
-        self
+    /// [`set`](Self::set) for a setter without invalid values.
+    fn with_gate(self, set: impl FnOnce(&Gate)) -> Self {
+        self.set(|gate| {
+            set(gate);
+            Ok(())
+        })
     }
 
     /// Returns a handle to the gate.
@@ -336,6 +355,7 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
 impl<P, M: Clone, R: Clone> HealthProbeLayer<P, M, R> {
     /// Wraps a service with this gate. The prober does not probe this service.
     pub(crate) fn gate<S>(&self, inner: S) -> HealthProbe<S, M, R> {
+        self.plan.policy.set_in_use();
         HealthProbe { admission: self.plan.service(inner) }
     }
 }
@@ -352,7 +372,7 @@ where
             let gate = &self.plan.policy;
             gate.arm(|| {
                 Prober {
-                    gate: Arc::downgrade(&gate),
+                    gate: Arc::downgrade(gate),
                     service: inner.clone(),
                     probe: self.probe.clone(),
                 }

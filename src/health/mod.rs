@@ -34,7 +34,7 @@
 //! let db = service_fn(|query: &'static str| async move { Ok::<_, Infallible>(query.len()) });
 //! let health = Health::new();
 //! let probe = HealthProbeLayer::new(|| "select lag")
-//!     .classify_probe(|answer: Result<&usize, &Infallible>| answer.is_ok_and(|lag| *lag < 100))
+//!     .classify_probe(|result: Result<&usize, &Infallible>| result.is_ok_and(|lag| *lag < 100))
 //!     .every(Duration::from_secs(2))
 //!     .jitter(0.2)
 //!     .timeout(Duration::from_millis(500))
@@ -48,7 +48,7 @@
 //! let cache = health.reporter("cache")?.degrading();
 //! cache.fail_because("cold");
 //! health.add(Check::watch("queue", || Ok::<(), String>(())))?;
-//! assert!(!health.is_ready(), "the database has not been asked yet");
+//! assert!(!health.is_ready(), "no probe of the database has ended yet");
 //! # let _ = db; Ok(()) }
 //! ```
 //!
@@ -80,7 +80,7 @@
 //! |---|---|---|
 //! | unknown | admitted | unknown: not ready |
 //! | up | admitted | pass |
-//! | down | rejected: [`Unhealthy`](crate::outcome::RejectedKind::Unhealthy), `retry_after` is the time until the next probe, or until the timeout of the current one; [`while_down`](HealthProbeLayer::while_down) changes this | fail |
+//! | down | rejected: [`Unhealthy`](crate::outcome::RejectedKind::Unhealthy), `retry_after` is the time until the next probe, or until the timeout of the current one; with [`backpressure`](HealthProbeLayer::backpressure) `poll_ready` is pending; in [shadow mode](HealthProbeLayer::shadow) admitted | fail |
 //! | down, and too many gates of its [set](FailOpen) are down | admitted | fail |
 //!
 //! The outcomes of calls never take a gate down or up. A circuit breaker does that, and
@@ -157,6 +157,13 @@
 //!
 //! Dropping a call has no effect on the gate: a cancelled call is not counted.
 //!
+//! # Changes of a running layer
+//!
+//! The [handle](HealthProbeHandle) changes the delays, the timeout, the thresholds, the immediate failure, passive mode
+//! and shadow mode of a running layer. The kind of the probe, its rules for the response, backpressure, the set of
+//! [`fail_open`](HealthProbeLayer::fail_open), the listeners and the checks are fixed: a setter after the layer has built
+//! a service returns a layer with state of its own.
+//!
 //! # Defaults
 //!
 //! | setting | default |
@@ -167,8 +174,7 @@
 //! | [`timeout`](HealthProbeLayer::timeout) | 1 s |
 //! | [`thresholds`](HealthProbeLayer::thresholds) | `rise` 1, `fall` 3 |
 //! | [`immediate_failure`](HealthProbeLayer::immediate_failure) | on |
-//! | [`while_down`](HealthProbeLayer::while_down) | calls are rejected |
-//! | [`passive`](HealthProbeLayer::passive), [`fail_open`](HealthProbeLayer::fail_open) | off |
+//! | [`passive`](HealthProbeLayer::passive), [`fail_open`](HealthProbeLayer::fail_open), [`backpressure`](HealthProbeLayer::backpressure), [`shadow`](HealthProbeLayer::shadow) | off |
 //! | rejections | an error; [`respond`](HealthProbeLayer::respond) for a response |
 //!
 //! tower and tower-http have no layer of this kind. Four rules follow Envoy: the thresholds, the first success that
@@ -188,6 +194,7 @@ mod layer;
 mod probe;
 mod registry;
 mod reporter;
+mod responder;
 mod response;
 mod schedule;
 mod threshold;
@@ -202,12 +209,11 @@ pub use self::{
     },
     entry::{CheckSnapshot, CheckState, HealthStatus},
     fail_open::FailOpen,
-    gate::WhileDown,
     handle::{HealthProbeHandle, HealthProbeSnapshot, LastProbe},
     layer::{HealthProbe, HealthProbeLayer},
     probe::{
-        AnyResponse, CallProbe, ClassifiedProbe, FnProbe, Get, Grpc, HttpProbe, Probe,
-        ProbeFailure, SendRequest, StatusProbe,
+        AnyResponse, CallProbe, ClassifiedProbe, ExpectedResponse, FailedProbe, FnProbe, Get, Grpc,
+        HttpProbe, Probe, ProbeFailure, SendRequest, StatusProbe,
     },
     registry::Health,
     reporter::Reporter,

@@ -1,11 +1,28 @@
 use std::{fmt, sync::Arc, thread, time::Duration};
 
 use super::{
-    entry::{CheckState, Entry},
-    registry::Registry,
+    entry::{CheckEntry, CheckState},
+    registry::{Health, Registry},
 };
+use crate::error::ConfigError;
 
-/// Sets the state of one check of a [`Health`](super::registry::Health) registry.
+impl Health {
+    /// Adds a check, and returns the reporter that sets its state. The state is unknown until then.
+    ///
+    /// The check is removed when the last clone of its reporter is dropped. If a panic drops this clone, the check
+    /// remains and fails, until a new check with this name replaces it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the name does not consist of 1 to 64 of the characters `A`–`Z`, `a`–`z`, `0`–`9`, `.`, `_`
+    /// and `-`, if another check has this name, or if the registry has 1000 checks.
+    pub fn reporter(&self, name: &str) -> Result<Reporter, ConfigError> {
+        let (registry, entry) = (self.registry().clone(), self.registry().add_entry(name)?);
+        Ok(Reporter(Arc::new(Reporting { registry, entry })))
+    }
+}
+
+/// Sets the state of one check of a [`Health`] registry.
 ///
 /// Clones refer to the same check, which is removed when the last of them is dropped.
 #[derive(Clone)]
@@ -13,19 +30,15 @@ pub struct Reporter(Arc<Reporting>);
 
 struct Reporting {
     registry: Arc<Registry>,
-    entry: Arc<Entry>,
+    entry: Arc<CheckEntry>,
 }
 
 impl Reporter {
-    pub(super) fn new(registry: Arc<Registry>, entry: Arc<Entry>) -> Self {
-        Self(Arc::new(Reporting { registry, entry }))
-    }
-
     /// Makes the check degrading: while it fails, the process is degraded but remains ready.
     #[must_use]
     pub fn degrading(self) -> Self {
-        self.0.entry.degrades();
-        self.0.registry.tell();
+        self.0.entry.set_degrading();
+        self.0.registry.notify();
         self
     }
 
@@ -45,8 +58,8 @@ impl Reporter {
     pub fn report(&self, state: CheckState) {
         match state {
             CheckState::Unknown => {}
-            CheckState::Pass => self.looked(Ok(()), None),
-            CheckState::Fail => self.looked(Err(String::new()), None),
+            CheckState::Pass => self.record(Ok(()), None),
+            CheckState::Fail => self.record(Err(String::new()), None),
         }
         self.publish(state);
     }
@@ -65,7 +78,7 @@ impl Reporter {
     /// reasons](super::endpoints::HealthService::with_reasons). The reason is stored without [secrets](crate#secrets), with a
     /// maximum of 256 bytes.
     pub fn fail_because(&self, reason: impl Into<String>) {
-        self.looked(Err(reason.into()), None);
+        self.record(Err(reason.into()), None);
         self.publish(CheckState::Fail);
     }
 
@@ -73,14 +86,14 @@ impl Reporter {
     #[cfg(feature = "lifecycle")]
     pub(crate) fn set(&self, result: Result<(), &'static str>) {
         let state = if result.is_ok() { CheckState::Pass } else { CheckState::Fail };
-        self.looked(result.map_err(str::to_owned), None);
+        self.record(result.map_err(str::to_owned), None);
         self.0.entry.publish(state);
     }
 
     /// Notifies the watchers of the registry that a check may have changed.
     #[cfg(feature = "lifecycle")]
-    pub(crate) fn tell(&self) {
-        self.0.registry.tell();
+    pub(crate) fn notify(&self) {
+        self.0.registry.notify();
     }
 
     /// Ends all `Watch` streams of the registry, because the process stops.
@@ -90,8 +103,8 @@ impl Reporter {
     }
 
     /// Records the result of one run, without a change of the state.
-    pub(super) fn looked(&self, result: Result<(), String>, took: Option<Duration>) {
-        self.0.entry.looked(result, took);
+    pub(super) fn record(&self, result: Result<(), String>, took: Option<Duration>) {
+        self.0.entry.record(result, took);
     }
 
     /// Sets the state, and notifies the watchers of the registry if it has changed.
@@ -103,7 +116,7 @@ impl Reporter {
 impl Reporting {
     fn publish(&self, state: CheckState) {
         if self.entry.publish(state) {
-            self.registry.tell();
+            self.registry.notify();
         }
     }
 }
@@ -112,7 +125,7 @@ impl Drop for Reporting {
     /// Removes the check. If a panic drops the reporter, the check remains and fails instead.
     fn drop(&mut self) {
         if thread::panicking() {
-            self.entry.looked(Err("its reporter panicked".into()), None);
+            self.entry.record(Err("its reporter panicked".into()), None);
             return self.publish(CheckState::Fail);
         }
         self.registry.remove(&self.entry);

@@ -3,19 +3,20 @@
 use std::slice;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
+use http::{HeaderMap, Method, Response, StatusCode};
 
 use super::{
     entry::{CheckSnapshot, CheckState, HealthStatus},
-    json,
+    json::json_response,
     registry::{Health, is_name},
+    response::{plain, status, with_status},
 };
 use crate::respond::accepts;
 
 /// Maximum number of parameters of a query. Later parameters are ignored.
-const MOST_PARAMETERS: usize = 64;
+const MAX_PARAMETERS: usize = 64;
 /// Maximum length of a query in bytes. A longer query is ignored.
-const LONGEST_QUERY: usize = 4096;
+const MAX_QUERY_LENGTH: usize = 4096;
 
 /// A path of the endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,12 +31,12 @@ impl<'a> Endpoint<'a> {
     #[inline]
     pub(super) fn of(path: &'a str) -> Option<Self> {
         match path.as_bytes() {
-            [b'/', b'l' | b'r' | b'h', ..] => Self::look(path),
+            [b'/', b'l' | b'r' | b'h', ..] => Self::parse(path),
             _ => None,
         }
     }
 
-    fn look(path: &'a str) -> Option<Self> {
+    fn parse(path: &'a str) -> Option<Self> {
         if path == "/livez" {
             return Some(Self::Live);
         }
@@ -59,42 +60,42 @@ struct Query<'a> {
 
 impl<'a> Query<'a> {
     fn of(query: &'a str) -> Self {
-        let mut asked = Self::default();
-        if query.len() > LONGEST_QUERY {
-            return asked;
+        let mut parsed = Self::default();
+        if query.len() > MAX_QUERY_LENGTH {
+            return parsed;
         }
-        for parameter in query.split('&').take(MOST_PARAMETERS) {
+        for parameter in query.split('&').take(MAX_PARAMETERS) {
             let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
             match key {
-                "verbose" => asked.verbose = true,
-                "exclude" if is_name(value) => asked.exclude.push(value),
+                "verbose" => parsed.verbose = true,
+                "exclude" if is_name(value) => parsed.exclude.push(value),
                 _ => {}
             }
         }
-        asked.exclude.sort_unstable();
-        asked.exclude.dedup();
-        asked
+        parsed.exclude.sort_unstable();
+        parsed.exclude.dedup();
+        parsed
     }
 
     fn excludes(&self, name: &str) -> bool {
         self.exclude.contains(&name)
     }
-
-    fn excluded(&self) -> usize {
-        self.exclude.len()
-    }
 }
 
 /// Makes the responses of the endpoints.
 #[derive(Clone, Debug)]
-pub(super) struct Teller {
+pub(super) struct Responder {
     pub(super) health: Health,
-    /// Whether the response contains reasons, times and durations.
+    /// The response contains reasons, times and durations.
     pub(super) with_reasons: bool,
 }
 
-impl Teller {
-    pub(super) fn answer(
+impl Responder {
+    pub(super) fn new(health: Health) -> Self {
+        Self { health, with_reasons: false }
+    }
+
+    pub(super) fn respond(
         &self,
         endpoint: Endpoint<'_>,
         query: Option<&str>,
@@ -102,24 +103,25 @@ impl Teller {
     ) -> Response<Bytes> {
         let query = Query::of(query.unwrap_or_default());
         let wants_json = accepts(headers, &["application/health+json", "application/json"]);
-        let form = if wants_json == Some(true) { HealthFormat::Json } else { HealthFormat::Plain };
+        let format =
+            if wants_json == Some(true) { HealthFormat::Json } else { HealthFormat::Plain };
         let (endpoint, check) = match endpoint {
             // Liveness does not depend on the checks.
-            Endpoint::Live => return self.live(form, &query),
+            Endpoint::Live => return self.live(format, &query),
             Endpoint::Ready(endpoint, check) => (endpoint, check),
         };
         if let Some(check) = check {
-            return match self.health.one(check) {
+            return match self.health.check_snapshot(check) {
                 None => plain(StatusCode::NOT_FOUND, "no such check\n"),
-                Some(check) => self.one(form, &query, &check),
+                Some(check) => self.single(format, &query, &check),
             };
         }
         let mut checks = self.health.snapshot();
         let all = checks.len();
-        match form {
+        match format {
             HealthFormat::Json => {
                 checks.retain(|check| !query.excludes(&check.name));
-                json::answer(whole(&checks), &checks, self.with_reasons)
+                json_response(overall(&checks), &checks, self.with_reasons)
             }
             HealthFormat::Plain => {
                 let mut body = String::new();
@@ -128,14 +130,14 @@ impl Teller {
                     if excluded {
                         body.push_str(&format!("[+]{} excluded: ok\n", check.name));
                     } else {
-                        self.line(&mut body, check);
+                        self.write_line(&mut body, check);
                     }
                     !excluded
                 });
-                if query.excluded() > all - checks.len() {
+                if query.exclude.len() > all - checks.len() {
                     body.push_str("warn: some health checks cannot be excluded: no matches\n");
                 }
-                let passed = whole(&checks) != HealthStatus::Fail;
+                let passed = overall(&checks) != HealthStatus::Fail;
                 if passed && !query.verbose {
                     return plain(StatusCode::OK, "ok");
                 }
@@ -146,9 +148,9 @@ impl Teller {
         }
     }
 
-    fn live(&self, form: HealthFormat, query: &Query<'_>) -> Response<Bytes> {
-        match form {
-            HealthFormat::Json => json::answer(HealthStatus::Pass, &[], false),
+    fn live(&self, format: HealthFormat, query: &Query<'_>) -> Response<Bytes> {
+        match format {
+            HealthFormat::Json => json_response(HealthStatus::Pass, &[], false),
             HealthFormat::Plain if query.verbose => {
                 plain(StatusCode::OK, "[+]ping ok\nlivez check passed\n")
             }
@@ -156,33 +158,39 @@ impl Teller {
         }
     }
 
-    fn one(&self, form: HealthFormat, query: &Query<'_>, check: &CheckSnapshot) -> Response<Bytes> {
+    fn single(
+        &self,
+        format: HealthFormat,
+        query: &Query<'_>,
+        check: &CheckSnapshot,
+    ) -> Response<Bytes> {
         let passed = check.state == CheckState::Pass;
-        match form {
+        match format {
             HealthFormat::Json => {
-                let told = json::answer(check.status(), slice::from_ref(check), self.with_reasons);
-                with_status(told, status(passed))
+                let response =
+                    json_response(check.status(), slice::from_ref(check), self.with_reasons);
+                with_status(response, status(passed))
             }
             HealthFormat::Plain if passed && !query.verbose => plain(StatusCode::OK, "ok"),
             HealthFormat::Plain => {
                 let mut body = String::new();
-                self.line(&mut body, check);
+                self.write_line(&mut body, check);
                 plain(status(passed), body)
             }
         }
     }
 
-    fn line(&self, body: &mut String, check: &CheckSnapshot) {
+    fn write_line(&self, body: &mut String, check: &CheckSnapshot) {
         let name = &*check.name;
-        let how = if check.critical { "failed" } else { "degraded" };
+        let effect = if check.critical { "failed" } else { "degraded" };
         body.push_str(&match (check.state, check.age) {
             (CheckState::Pass, _) => format!("[+]{name} ok\n"),
             (CheckState::Fail, Some(age)) if self.with_reasons => {
-                let why = check.reason.as_deref().unwrap_or("no reason given");
-                format!("[-]{name} {how}: {why} ({} s ago)\n", age.as_secs())
+                let reason = check.reason.as_deref().unwrap_or("no reason given");
+                format!("[-]{name} {effect}: {reason} ({} s ago)\n", age.as_secs())
             }
-            (CheckState::Fail, _) => format!("[-]{name} {how}: reason withheld\n"),
-            (CheckState::Unknown, _) => format!("[-]{name} {how}: no verdict yet\n"),
+            (CheckState::Fail, _) => format!("[-]{name} {effect}: reason withheld\n"),
+            (CheckState::Unknown, _) => format!("[-]{name} {effect}: no verdict yet\n"),
         });
     }
 }
@@ -193,59 +201,31 @@ enum HealthFormat {
     Json,
 }
 
-fn whole(checks: &[CheckSnapshot]) -> HealthStatus {
+fn overall(checks: &[CheckSnapshot]) -> HealthStatus {
     checks.iter().map(CheckSnapshot::status).max().unwrap_or(HealthStatus::Pass)
 }
 
-pub(super) fn status(passed: bool) -> StatusCode {
-    if passed { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
-}
-
-fn with_status(mut response: Response<Bytes>, status: StatusCode) -> Response<Bytes> {
-    *response.status_mut() = status;
-    response
-}
-
-pub(super) fn plain(status: StatusCode, body: impl Into<Bytes>) -> Response<Bytes> {
-    typed("text/plain; charset=utf-8", status, body.into())
-}
-
-pub(super) fn typed(content: &'static str, status: StatusCode, body: Bytes) -> Response<Bytes> {
-    let mut response = with_status(Response::new(body), status);
-    let length = HeaderValue::from(response.body().len());
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
-    headers.insert(header::CONTENT_LENGTH, length);
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    response
-}
-
-/// Removes the body of a response to `HEAD`. The headers remain those of `GET`.
-pub(super) fn without_body_for(method: &Method, response: Response<Bytes>) -> Response<Bytes> {
-    if method == Method::HEAD { response.map(|_| Bytes::new()) } else { response }
-}
-
-pub(super) fn is_asking(method: &Method) -> bool {
+pub(super) fn is_get_or_head(method: &Method) -> bool {
     method == Method::GET || method == Method::HEAD
 }
 
 #[cfg(test)]
 mod tests {
+    use http::{HeaderValue, header};
     use proptest::prelude::*;
 
     use super::*;
 
-    fn ask(health: &Health, path: &str, query: &str) -> (u16, String) {
-        let teller = Teller { health: health.clone(), with_reasons: false };
+    fn get(health: &Health, path: &str, query: &str) -> (u16, String) {
+        let responder = Responder::new(health.clone());
         let endpoint = Endpoint::of(path).unwrap();
-        let response = teller.answer(endpoint, Some(query), &HeaderMap::new());
+        let response = responder.respond(endpoint, Some(query), &HeaderMap::new());
         let body = String::from_utf8(response.body().to_vec()).unwrap();
         (response.status().as_u16(), body)
     }
 
     #[test]
-    fn which_paths_are_ours() {
+    fn only_the_documented_paths_are_endpoints() {
         assert_eq!(Endpoint::of("/livez"), Some(Endpoint::Live));
         assert_eq!(Endpoint::of("/healthz"), Some(Endpoint::Ready("healthz", None)));
         assert_eq!(Endpoint::of("/readyz/a-b"), Some(Endpoint::Ready("readyz", Some("a-b"))));
@@ -266,22 +246,22 @@ mod tests {
     }
 
     #[test]
-    fn is_in_kubernetes_form() {
+    fn plain_response_has_the_form_of_kubernetes() {
         let health = Health::new();
-        assert_eq!(ask(&health, "/readyz", ""), (200, "ok".into()));
+        assert_eq!(get(&health, "/readyz", ""), (200, "ok".into()));
         let (db, search) = (health.reporter("db").unwrap(), health.reporter("search").unwrap());
         db.pass();
         search.fail();
         let failed = "[+]db ok\n[-]search failed: reason withheld\nreadyz check failed\n";
-        assert_eq!(ask(&health, "/readyz", ""), (503, failed.into()));
-        assert_eq!(ask(&health, "/readyz", "verbose"), (503, failed.into()));
-        assert_eq!(ask(&health, "/healthz", "").0, 503);
-        assert_eq!(ask(&health, "/livez", ""), (200, "ok".into()));
+        assert_eq!(get(&health, "/readyz", ""), (503, failed.into()));
+        assert_eq!(get(&health, "/readyz", "verbose"), (503, failed.into()));
+        assert_eq!(get(&health, "/healthz", "").0, 503);
+        assert_eq!(get(&health, "/livez", ""), (200, "ok".into()));
         let live = "[+]ping ok\nlivez check passed\n";
-        assert_eq!(ask(&health, "/livez", "verbose=1"), (200, live.into()));
-        assert_eq!(ask(&health, "/readyz", "exclude=search"), (200, "ok".into()));
+        assert_eq!(get(&health, "/livez", "verbose=1"), (200, live.into()));
+        assert_eq!(get(&health, "/readyz", "exclude=search"), (200, "ok".into()));
         assert_eq!(
-            ask(&health, "/readyz", "exclude=search&exclude=search&exclude=x&verbose"),
+            get(&health, "/readyz", "exclude=search&exclude=search&exclude=x&verbose"),
             (
                 200,
                 "[+]db ok\n[+]search excluded: ok\n\
@@ -289,21 +269,21 @@ mod tests {
                     .into()
             )
         );
-        assert_eq!(ask(&health, "/readyz/db", ""), (200, "ok".into()));
+        assert_eq!(get(&health, "/readyz/db", ""), (200, "ok".into()));
         let withheld = "[-]search failed: reason withheld\n";
-        assert_eq!(ask(&health, "/readyz/search", ""), (503, withheld.into()));
-        assert_eq!(ask(&health, "/readyz/nobody", "").0, 404);
+        assert_eq!(get(&health, "/readyz/search", ""), (503, withheld.into()));
+        assert_eq!(get(&health, "/readyz/missing", "").0, 404);
     }
 
     #[test]
-    fn a_query_without_end_is_not_looked_at() {
+    fn query_above_the_maximum_is_ignored() {
         let health = Health::new();
         let search = health.reporter("search").unwrap();
         search.fail();
-        let many = "a=b&".repeat(MOST_PARAMETERS) + "exclude=search";
-        assert_eq!(ask(&health, "/readyz", &many).0, 503);
-        let long = "exclude=search&".to_owned() + &"x".repeat(LONGEST_QUERY);
-        assert_eq!(ask(&health, "/readyz", &long).0, 503);
+        let many = "a=b&".repeat(MAX_PARAMETERS) + "exclude=search";
+        assert_eq!(get(&health, "/readyz", &many).0, 503);
+        let long = "exclude=search&".to_owned() + &"x".repeat(MAX_QUERY_LENGTH);
+        assert_eq!(get(&health, "/readyz", &long).0, 503);
     }
 
     proptest! {
@@ -313,15 +293,15 @@ mod tests {
             query in "((verbose|exclude|.{0,9})=?(db|.{0,70})&?){0,70}",
             accept in "(application/(health[+])?json|[*]/[*]|.{0,9})([,;].{0,20}){0,9}",
         ) {
-            let teller = Teller { health: Health::new(), with_reasons: true };
-            let _db = teller.health.reporter("db").unwrap();
+            let responder = Responder { health: Health::new(), with_reasons: true };
+            let _db = responder.health.reporter("db").unwrap();
             let mut headers = HeaderMap::new();
             if let Ok(accept) = HeaderValue::from_str(&accept) {
                 headers.insert(header::ACCEPT, accept);
             }
             if let Some(endpoint) = Endpoint::of(&path) {
-                let answer = teller.answer(endpoint, Some(&query), &headers);
-                prop_assert!(answer.body().len() < 200);
+                let response = responder.respond(endpoint, Some(&query), &headers);
+                prop_assert!(response.body().len() < 200);
             }
         }
     }

@@ -28,7 +28,7 @@ impl Schedule {
 
     /// Returns the delay before the next run, after a run that ended in this state. `failing`: the last result was a
     /// failure.
-    pub(super) fn wait(&self, state: ProbeState, failing: bool) -> Duration {
+    pub(super) fn delay(&self, state: ProbeState, failing: bool) -> Duration {
         let suspect = failing || state == ProbeState::Down;
         let every = self.every_while_down.filter(|_| suspect).unwrap_or(self.every);
         jittered(every, self.jitter)
@@ -37,21 +37,21 @@ impl Schedule {
     /// Returns the deadline of a run that begins now. Timeouts above one year are reduced to it, because the clock may
     /// not represent a later instant.
     pub(super) fn deadline(timeout: Duration) -> Instant {
-        let far = Duration::from_secs(86_400 * 365);
+        let max = Duration::from_secs(86_400 * 365);
         let now = Instant::now();
-        now.checked_add(timeout.min(far)).unwrap_or(now)
+        now.checked_add(timeout.min(max)).unwrap_or(now)
     }
 
     /// Returns the time from the start of a run after which its result is overdue, so that its runtime must be blocked.
-    pub(super) fn patience(&self) -> Nanos {
+    pub(super) fn max_run_time(&self) -> Nanos {
         nanos(self.timeout.saturating_add(self.every.max(Duration::from_secs(1))))
     }
 }
 
 /// Returns `every` plus a random share of it from 0 to `jitter`. Does not panic for any values.
 fn jittered(every: Duration, jitter: f64) -> Duration {
-    let most = (nanos(every) as f64 * jitter) as u64;
-    every.saturating_add(Duration::from_nanos(fastrand::u64(..=most)))
+    let max = (nanos(every) as f64 * jitter) as u64;
+    every.saturating_add(Duration::from_nanos(fastrand::u64(..=max)))
 }
 
 // ===== Settings =====
@@ -77,18 +77,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn jitter_only_adds_and_survives_the_extremes() {
+    fn jitter_only_adds_also_to_extreme_values() {
         let second = Duration::from_secs(1);
         assert_eq!(jittered(second, 0.0), second);
         for _ in 0..1000 {
-            let wait = jittered(second, 0.1);
-            assert!(second <= wait && wait <= second.mul_f64(1.1), "{wait:?}");
+            let delay = jittered(second, 0.1);
+            assert!(second <= delay && delay <= second.mul_f64(1.1), "{delay:?}");
         }
         assert_eq!(jittered(Duration::MAX, 1.0), Duration::MAX);
     }
 
     #[test]
-    fn faster_from_the_first_failure_until_all_is_well() {
+    fn every_while_down_applies_from_the_first_failure_until_a_run_has_passed() {
         use ProbeState::{Down, Unknown, Up};
         let second = Duration::from_secs(1);
         let schedule =
@@ -101,8 +101,8 @@ mod tests {
             (Down, true, true),
             (Down, false, true),
         ] {
-            let wait = schedule.wait(state, failing);
-            assert_eq!(wait == second, fast, "{state} {failing}");
+            let delay = schedule.delay(state, failing);
+            assert_eq!(delay == second, fast, "{state} {failing}");
         }
     }
 }

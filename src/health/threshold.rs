@@ -2,6 +2,7 @@ use std::fmt;
 
 /// The state of a health gate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ProbeState {
     /// No result yet. Calls are admitted, but the check in the registry is not ready.
     #[default]
@@ -46,7 +47,7 @@ impl Threshold {
     }
 
     /// Records a result. Returns the new state if it has changed.
-    pub(super) fn told(&mut self, passed: bool) -> Option<ProbeState> {
+    pub(super) fn record(&mut self, passed: bool) -> Option<ProbeState> {
         (self.successes, self.failures) = if passed {
             (self.successes.saturating_add(1), 0)
         } else {
@@ -66,7 +67,7 @@ impl Threshold {
 
     /// Records a failure that takes the state down regardless of `fall`. Returns [`ProbeState::Down`] if the state has
     /// changed.
-    pub(super) fn fail_at_once(&mut self) -> Option<ProbeState> {
+    pub(super) fn fail_immediately(&mut self) -> Option<ProbeState> {
         (self.successes, self.failures) = (0, self.failures.saturating_add(1));
         let before = std::mem::replace(&mut self.state, ProbeState::Down);
         (before != ProbeState::Down).then_some(ProbeState::Down)
@@ -82,7 +83,7 @@ impl Threshold {
     }
 
     /// Returns the numbers of consecutive successes and failures. One of them is 0.
-    pub(super) fn in_a_row(&self) -> (u32, u32) {
+    pub(super) fn consecutive(&self) -> (u32, u32) {
         (self.successes, self.failures)
     }
 }
@@ -99,7 +100,7 @@ mod tests {
             .iter()
             .map(|passed| {
                 let before = threshold.state();
-                let changed = threshold.told(*passed);
+                let changed = threshold.record(*passed);
                 assert_eq!(changed, (threshold.state() != before).then_some(threshold.state()));
                 threshold.state()
             })
@@ -109,24 +110,24 @@ mod tests {
     /// Computes the state from the whole history. The last sequence of `fall` failures takes it down, unless `rise`
     /// successes in a row follow. Before the first such sequence, one success takes it up.
     fn model(rise: u32, fall: u32, results: &[bool]) -> ProbeState {
-        let ends_with = |upto: usize, value: bool, n: u32| {
+        let ends_with = |end: usize, value: bool, n: u32| {
             let n = n as usize;
-            upto >= n && results[upto - n..upto].iter().all(|r| *r == value)
+            end >= n && results[end - n..end].iter().all(|r| *r == value)
         };
-        let last_fall = (1..=results.len()).rev().find(|upto| ends_with(*upto, false, fall));
+        let last_fall = (1..=results.len()).rev().find(|end| ends_with(*end, false, fall));
         match last_fall {
             None if results.contains(&true) => ProbeState::Up,
             None => ProbeState::Unknown,
-            Some(fell) => {
-                let after = &results[fell..];
-                let rose = after.windows(rise as usize).any(|run| run.iter().all(|r| *r));
-                if rose { ProbeState::Up } else { ProbeState::Down }
+            Some(fall_end) => {
+                let after = &results[fall_end..];
+                let has_risen = after.windows(rise as usize).any(|run| run.iter().all(|r| *r));
+                if has_risen { ProbeState::Up } else { ProbeState::Down }
             }
         }
     }
 
     #[test]
-    fn the_first_success_is_enough_and_the_first_failures_follow_fall() {
+    fn first_success_is_sufficient_and_first_failures_count_to_fall() {
         use ProbeState::{Down, Unknown, Up};
         assert_eq!(states(3, 3, &[true]), [Up]);
         assert_eq!(states(3, 3, &[false, true]), [Unknown, Up]);
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_result_of_the_other_kind_starts_the_count_anew() {
+    fn result_of_the_other_kind_restarts_the_count() {
         use ProbeState::{Down, Up};
         assert_eq!(states(2, 2, &[true, false, true, false]), [Up; 4]);
         let down = [false, false, true, false, true, false];
@@ -143,18 +144,18 @@ mod tests {
     }
 
     #[test]
-    fn immediate_failure_ignores_fall_and_rises_by_rise() {
+    fn immediate_failure_ignores_fall_and_recovery_follows_rise() {
         use ProbeState::{Down, Up};
         let mut threshold = Threshold::new(2, 3);
-        assert_eq!(threshold.fail_at_once(), Some(Down));
-        assert_eq!((threshold.fail_at_once(), threshold.in_a_row()), (None, (0, 2)));
-        assert_eq!((threshold.told(true), threshold.told(true)), (None, Some(Up)));
-        assert_eq!((threshold.told(false), threshold.fail_at_once()), (None, Some(Down)));
+        assert_eq!(threshold.fail_immediately(), Some(Down));
+        assert_eq!((threshold.fail_immediately(), threshold.consecutive()), (None, (0, 2)));
+        assert_eq!((threshold.record(true), threshold.record(true)), (None, Some(Up)));
+        assert_eq!((threshold.record(false), threshold.fail_immediately()), (None, Some(Down)));
     }
 
     proptest! {
         #[test]
-        fn is_what_the_whole_history_says(
+        fn state_equals_the_model_of_the_whole_history(
             rise in 1u32..5,
             fall in 1u32..5,
             results in prop::collection::vec(any::<bool>(), 0..60),
@@ -166,7 +167,7 @@ mod tests {
         }
 
         #[test]
-        fn never_changes_faster_than_its_thresholds(
+        fn state_never_changes_faster_than_its_thresholds(
             rise in 1u32..5,
             fall in 1u32..5,
             results in prop::collection::vec(prop::bool::weighted(0.7), 0..200),
@@ -174,10 +175,10 @@ mod tests {
             let mut threshold = Threshold::new(rise, fall);
             let mut last = None;
             for (n, passed) in results.iter().enumerate() {
-                let Some(now) = threshold.told(*passed) else { continue };
+                let Some(now) = threshold.record(*passed) else { continue };
                 if let Some(before) = last.replace(n) {
-                    let least = if now == ProbeState::Up { rise } else { fall };
-                    prop_assert!(n - before >= least as usize);
+                    let min = if now == ProbeState::Up { rise } else { fall };
+                    prop_assert!(n - before >= min as usize);
                 }
             }
         }

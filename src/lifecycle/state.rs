@@ -220,7 +220,7 @@ impl LifecycleState {
         if !has_advanced {
             return;
         }
-        self.reporter.tell();
+        self.reporter.notify();
         if next >= LifecycleStep::Rejecting {
             self.closed_signal.notify_waiters();
         }
@@ -370,7 +370,10 @@ impl<Req> Policy<Req> for DrainPolicy {
         permit
     }
 
-    fn closed_signal(&self, permit: Option<&Permit<ShardedRef<LifecycleState>>>) -> Option<Arc<Notify>> {
+    fn closed_signal(
+        &self,
+        permit: Option<&Permit<ShardedRef<LifecycleState>>>,
+    ) -> Option<Arc<Notify>> {
         // A call with a permit continues to wait for the inner service. Only a call without one is woken and rejected.
         permit.is_none().then(|| self.0.closed_signal.clone())
     }

@@ -232,7 +232,7 @@ async fn in_front_of_a_whole_router() {
     let (addr, _server) = serve(Router::new().fallback_service(app)).await;
     let (status, headers, _) = ask(Method::GET, addr, "/").await;
     assert_eq!((status, headers.contains_key("retry-after")), (503, true));
-    assert_eq!((state.snapshot().probes, state.snapshot().refused), (1, 1));
+    assert_eq!((state.snapshot().probes, state.snapshot().rejected), (1, 1));
 }
 
 #[tokio::test]
@@ -248,14 +248,14 @@ async fn one_gate_for_all_routes_however_axum_applies_it() {
         within(state.changed()).await;
     }
     assert_eq!(state.state(), ProbeState::Down);
-    let before = state.snapshot().refused;
+    let before = state.snapshot().rejected;
     let (addr, _server) = serve(app.clone()).await;
     for path in ["/", "/more", "/nowhere"] {
         assert_eq!(ask(Method::GET, addr, path).await.0, 503);
         let request = Request::get(path).body(Body::empty()).unwrap();
         assert_eq!(within(app.clone().oneshot(request)).await.unwrap().status(), 503);
     }
-    assert_eq!((state.snapshot().probes, state.snapshot().refused - before), (1, 6));
+    assert_eq!((state.snapshot().probes, state.snapshot().rejected - before), (1, 6));
 }
 
 #[tokio::test]
@@ -336,7 +336,7 @@ async fn traffic_and_readiness_follow_an_upstream_that_dies_and_returns() {
     assert_eq!(call().await.unwrap(), "found");
     assert!(health.is_ready());
     let snapshot = state.snapshot();
-    assert!(snapshot.refused == 1 && snapshot.probes >= 5, "{snapshot:?}");
+    assert!(snapshot.rejected == 1 && snapshot.probes >= 5, "{snapshot:?}");
 }
 
 #[tokio::test]

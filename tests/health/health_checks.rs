@@ -289,7 +289,7 @@ async fn handles_of_breakers_limits_and_probes_are_checks() {
     alive.store(false, SeqCst);
     own.store(12, SeqCst);
     sleep(Duration::from_secs(8)).await;
-    assert_eq!(says("probe"), (CheckState::Fail, Some("health probe says down".into())));
+    assert_eq!(says("probe"), (CheckState::Fail, Some("health probe is down".into())));
     assert_eq!(says("own"), (CheckState::Fail, Some("12 are waiting".into())));
 }
 
@@ -346,7 +346,7 @@ fn a_check_whose_runtime_has_ended_has_failed() {
     runtime().block_on(async {
         sleep(Duration::from_secs(60)).await;
         let reason = health.snapshot().remove(0).reason;
-        assert_eq!(reason.as_deref(), Some("is not asked any more"));
+        assert_eq!(reason.as_deref(), Some("its task has ended"));
     });
     // A check in the next runtime can have the same name.
     runtime().block_on(async {

@@ -4,7 +4,7 @@ use std::{future::Future, pin::Pin, task::Poll, time::Duration};
 
 use buttress::{
     BoxError, Health, HealthProbe, HealthProbeLayer, Lifecycle, Rejected,
-    health::{FnProbe, HealthEndpointsLayer, ProbeState, WhileDown},
+    health::{FnProbe, HealthEndpointsLayer, HealthProbeHandle, ProbeState},
     lifecycle::LifecycleLayer,
     permit::TrackedBody,
 };
@@ -101,7 +101,7 @@ mod probe {
     type Asks = FnProbe<fn() -> std::future::Ready<Result<(), &'static str>>>;
 
     /// A probe layer in the state *down*, which rejects calls only after `shut`. Its calls hold no permit.
-    struct Down(HealthProbeLayer<Asks>);
+    struct Down(HealthProbeLayer<Asks>, HealthProbeHandle);
 
     impl Subject for Down {
         type Layer = HealthProbeLayer<Asks>;
@@ -115,7 +115,8 @@ mod probe {
             let handle = layer.handle();
             drop(layer.layer(Strict::new().0));
             assert_eq!(handle.changed().await, ProbeState::Down);
-            Self(layer.while_down(WhileDown::LetThrough))
+            handle.set_shadow(true);
+            Self(layer, handle)
         }
 
         fn layer(&self) -> &Self::Layer {
@@ -127,11 +128,11 @@ mod probe {
         }
 
         fn shut(&mut self) {
-            let _ = self.0.clone().while_down(WhileDown::Reject);
+            self.1.set_shadow(false);
         }
 
         fn unshut(&mut self) {
-            let _ = self.0.clone().while_down(WhileDown::LetThrough);
+            self.1.set_shadow(true);
         }
     }
 

@@ -276,7 +276,7 @@ async fn rises_and_falls_by_its_thresholds() {
     let refused = service.clone().oneshot(call()).await.unwrap_err();
     assert_eq!(kind(&refused), RejectedKind::Unhealthy);
     assert_eq!(upstream.seen.calls.load(SeqCst), 0);
-    assert_eq!(handle.snapshot().refused, 1);
+    assert_eq!(handle.snapshot().rejected, 1);
 
     *upstream.probe.lock().unwrap() = Mode::Status(204);
     assert_eq!(within(handle.changed()).await, ProbeState::Up);

@@ -17,7 +17,7 @@ use std::{
 use buttress::{
     BoxError, CircuitBreakerLayer, Health, HealthProbeLayer, Outcome, Rejected, Trip,
     breaker::CircuitState,
-    health::{FailOpen, Get, ProbeFailure, ProbeState, WhileDown},
+    health::{FailOpen, Get, ProbeFailure, ProbeState},
     outcome::RejectedKind,
 };
 use bytes::Bytes;
@@ -291,11 +291,11 @@ async fn no_probe_while_calls_prove_health() {
         traffic(3).await;
         sleep(EVERY).await;
     }
-    assert_eq!((upstream.probes(), handle.snapshot().spared), (1, 10));
+    assert_eq!((upstream.probes(), handle.snapshot().skipped), (1, 10));
     assert!(health.snapshot()[0].age.unwrap() <= EVERY);
     // Without calls, the layer probes again.
     sleep(3 * EVERY).await;
-    assert_eq!((upstream.probes(), handle.snapshot().spared), (4, 10));
+    assert_eq!((upstream.probes(), handle.snapshot().skipped), (4, 10));
     // A success does not replace a probe if another call has failed.
     traffic(1).await;
     upstream.calls_fail.store(true, SeqCst);
@@ -325,7 +325,7 @@ async fn traffic_does_not_count_unless_it_is_asked_to() {
         service.clone().oneshot(call()).await.unwrap();
         sleep(EVERY).await;
     }
-    assert_eq!((upstream.probes(), handle.snapshot().spared), (10, 0));
+    assert_eq!((upstream.probes(), handle.snapshot().skipped), (10, 0));
 }
 
 // ===== Calls while the upstream is down =====
@@ -334,19 +334,24 @@ async fn traffic_does_not_count_unless_it_is_asked_to() {
 async fn lets_calls_through_where_only_the_registry_is_to_know() {
     let (upstream, health) = (Upstream::default(), Health::new());
     upstream.down.store(true, SeqCst);
-    let layer = exact().while_down(WhileDown::LetThrough).report_to(&health, "search");
+    let layer = exact().shadow().report_to(&health, "search");
     let handle = layer.handle();
     let service = layer.layer(upstream.service());
     assert_eq!(within(handle.changed()).await, ProbeState::Down);
     assert!(!health.is_ready());
     assert_eq!(service.oneshot(call()).await.unwrap().status(), 503);
-    assert_eq!((upstream.calls.load(SeqCst), handle.snapshot().refused), (1, 0));
+    let snapshot = handle.snapshot();
+    assert_eq!((upstream.calls.load(SeqCst), snapshot.rejected, snapshot.shadowed), (1, 0, 1));
+    handle.set_shadow(false);
+    let error = layer.layer(upstream.service()).oneshot(call()).await.unwrap_err();
+    assert_eq!(kind(&error), RejectedKind::Unhealthy);
+    assert_eq!(handle.snapshot().rejected, 1);
 }
 
 #[tokio::test(start_paused = true)]
 async fn is_not_ready_where_a_balancer_is_to_pick_another() {
     let upstream = Upstream::default();
-    let layer = exact().while_down(WhileDown::Wait);
+    let layer = exact().backpressure();
     let handle = layer.handle();
     let mut service = layer.layer(upstream.service());
     assert_eq!(within(handle.changed()).await, ProbeState::Up);
@@ -371,7 +376,7 @@ async fn is_not_ready_where_a_balancer_is_to_pick_another() {
 async fn lets_calls_through_when_a_whole_set_is_down() {
     let guard = FailOpen::new();
     let replicas = [Upstream::default(), Upstream::default(), Upstream::default()];
-    let layers = [(); 3].map(|()| exact().fail_open(&guard).while_down(WhileDown::Wait));
+    let layers = [(); 3].map(|()| exact().fail_open(&guard).backpressure());
     let handles = layers.each_ref().map(HealthProbeLayer::handle);
     let mut services: Vec<_> = layers
         .iter()
@@ -382,7 +387,7 @@ async fn lets_calls_through_when_a_whole_set_is_down() {
     for n in [0, 1] {
         replicas[n].down.store(true, SeqCst);
         assert_eq!(within(handles[n].changed()).await, ProbeState::Down);
-        assert!(!guard.panics());
+        assert!(!guard.is_active());
         let refused = services[n].call(call()).await.map(drop).unwrap_err();
         assert_eq!(kind(&refused), RejectedKind::Unhealthy);
     }
@@ -391,7 +396,7 @@ async fn lets_calls_through_when_a_whole_set_is_down() {
     assert!(!waiting.is_finished());
     replicas[2].down.store(true, SeqCst);
     assert_eq!(within(handles[2].changed()).await, ProbeState::Down);
-    assert!(guard.panics());
+    assert!(guard.is_active());
     // The waiting caller is woken, although the state of its own upstream has not changed.
     assert_eq!(within(waiting).await.unwrap().unwrap().status(), 503);
     for service in &mut services {
@@ -402,16 +407,69 @@ async fn lets_calls_through_when_a_whole_set_is_down() {
     }
     replicas[1].down.store(false, SeqCst);
     assert_eq!(within(handles[1].changed()).await, ProbeState::Up);
-    assert!(!guard.panics());
+    assert!(!guard.is_active());
     // A dropped member is not part of the set.
     drop((services, layers));
     let [first, second, third] = handles;
     drop(second);
     settle().await;
-    assert!(guard.panics());
+    assert!(guard.is_active());
     drop((first, third));
     settle().await;
-    assert!(!guard.panics());
+    assert!(!guard.is_active());
+}
+
+// ===== Changes of a running layer =====
+
+#[tokio::test(start_paused = true)]
+async fn setter_of_a_layer_in_use_leaves_the_running_gate_unchanged() {
+    let (upstream, health) = (Upstream::default(), Health::new());
+    let base = exact().report_to(&health, "search").name("base");
+    let service = base.layer(upstream.service());
+    let forked = base.clone().shadow().name("forked");
+    let (gate, fork) = (base.handle(), forked.handle());
+    upstream.down.store(true, SeqCst);
+    assert_eq!(within(gate.changed()).await, ProbeState::Down);
+    assert_eq!(fork.state(), ProbeState::Unknown);
+    let error = service.oneshot(call()).await.unwrap_err();
+    assert_eq!(Rejected::find(&*error).unwrap().name(), Some("base"));
+    // The fork has a prober of its own, and does not report to the check of the other gate.
+    let service = forked.layer(upstream.service());
+    assert_eq!(within(fork.changed()).await, ProbeState::Down);
+    assert_eq!(service.oneshot(call()).await.unwrap().status(), 503);
+    assert_eq!((gate.snapshot().rejected, fork.snapshot().shadowed), (1, 1));
+    drop((base, gate));
+    settle().await;
+    assert_eq!(health.check("search"), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn handle_changes_the_settings_of_a_running_layer() {
+    let upstream = Upstream::default();
+    let layer = exact();
+    let handle = layer.handle();
+    let _service = layer.layer(upstream.service());
+    assert_eq!(within(handle.changed()).await, ProbeState::Up);
+    for error in [
+        handle.set_every(Duration::ZERO),
+        handle.set_every_while_down(Duration::ZERO),
+        handle.set_jitter(1.1),
+        handle.set_timeout(Duration::ZERO),
+        handle.set_thresholds(0, 1),
+    ] {
+        error.unwrap_err();
+    }
+    handle.set_every(10 * EVERY).unwrap();
+    handle.set_thresholds(1, 2).unwrap();
+    handle.set_immediate_failure(false);
+    // The delay that has begun ends as before.
+    sleep(EVERY + Duration::from_secs(1)).await;
+    assert_eq!(upstream.probes(), 2);
+    upstream.down.store(true, SeqCst);
+    sleep(10 * EVERY).await;
+    assert_eq!((upstream.probes(), handle.state()), (3, ProbeState::Up));
+    sleep(10 * EVERY).await;
+    assert_eq!((upstream.probes(), handle.state()), (4, ProbeState::Down));
 }
 
 // ===== `on_probe` =====
@@ -425,7 +483,7 @@ async fn drives_a_breakers_half_open_instead_of_users_calls() {
         .half_open(3)
         .external_probes();
     let (circuit, wired) = (breaker.handle(), breaker.handle());
-    let layer = exact().while_down(WhileDown::LetThrough).on_probe(move |result| {
+    let layer = exact().shadow().on_probe(move |result| {
         let outcome = match result {
             Ok(()) => Outcome::success(),
             Err(ProbeFailure::Rejected) => return,

@@ -22,7 +22,7 @@ use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, DeadlineLayer, Health, HealthProbeLayer,
     HedgeLayer, Lifecycle, Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip,
     config::{ClientConfig, ServerConfig},
-    health::{Check, FailOpen, ProbeState, WhileDown},
+    health::{Check, FailOpen, ProbeState},
     limit::{
         CallPermit, QueueOrder,
         adaptive::{Aimd, Algorithm, LimitChange, Sample},
@@ -301,7 +301,7 @@ fn event_subscriber_may_use_every_handle() {
         let probe = probe.report_to(&health, "search");
         let handle = probe.handle();
         add(&uses, move || {
-            let _ = (handle.state(), handle.snapshot(), guard.panics(), format!("{handle:?}"));
+            let _ = (handle.state(), handle.snapshot(), guard.is_active(), format!("{handle:?}"));
         });
         let mut service = probe.layer(inner.clone());
         sleep(secs(3)).await;
@@ -413,7 +413,7 @@ fn waker_may_use_the_circuit_that_wakes_it() {
     });
 }
 
-/// The gates of one panic guard wake each other's callers.
+/// The gates of one set wake each other's callers.
 #[test]
 fn waker_may_use_the_health_gate_that_wakes_it() {
     within_time(|| async {
@@ -423,7 +423,7 @@ fn waker_may_use_the_health_gate_that_wakes_it() {
                 sleep(secs(1)).await;
                 Err::<(), _>(())
             });
-            probe.thresholds(1, 1).while_down(WhileDown::Wait).fail_open(&guard)
+            probe.thresholds(1, 1).backpressure().fail_open(&guard)
         };
         let (first, second) = (gate(), gate());
         let inner = service_fn(|_: Request<Body>| async { Ok::<_, BoxError>(status(200)) });

@@ -61,7 +61,7 @@ impl Guards {
         self.breaker.snapshot().refused
             + limit.rejected_full
             + limit.rejected_waited
-            + self.probe.snapshot().refused
+            + self.probe.snapshot().rejected
     }
 }
 

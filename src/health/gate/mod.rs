@@ -3,102 +3,123 @@
 //!
 //! # The word
 //!
-//! A call reads `word` once. The word contains the state of the gate and three flags: [`ARMED`], [`TAKEN`] and
-//! [`LISTENS`]. The state is a copy of the one in [`Probing::threshold`], which the lock `probing` protects.
-//! [`Gate::publish`] writes the copy while it holds this lock, so the word receives the states in their order. The
-//! flags have other writers, so every write of the word is an atomic read-modify-write that leaves the other bits
-//! unchanged. Writes are `AcqRel` and reads are `Acquire`: a thread that reads a state also observes the writes that
-//! precede it.
+//! A call reads `word` once. The word contains the state of the gate and the flags [`ARMED`], [`HAS_PROBER`],
+//! [`PASSIVE`], [`SHADOW`], [`BACKPRESSURE`] and [`IN_USE`]. The state is a copy of the one in [`Probing::threshold`],
+//! which the lock `probing` protects. [`Gate::publish`] writes the copy while it holds this lock, so the word receives
+//! the states in their order. The flags have other writers, so every write of the word is an atomic read-modify-write
+//! that leaves the other bits unchanged. Writes are `AcqRel` and reads are `Acquire`: a thread that reads a state also
+//! observes the writes that precede it.
 //!
 //! # User code
 //!
 //! Reporters, listeners, events and wakers can run user code, which may call a handle of this gate. [`Gate::publish`]
-//! and [`Gate::probe_ended`] therefore copy these objects under the lock, release the lock, and call them after that. A
+//! and [`Gate::record`] therefore copy these objects under the lock, release the lock, and call them after that. A
 //! change must preserve this order: first the word, then the release of the lock, then the notifications. A waiter
 //! registers before it reads the word, so it observes either the new state or the notification.
 //!
 //! Only the prober publishes, and [`Gate::stopped`] publishes before it arms the next prober. So the notifications of
 //! two changes, which are made without a lock, do not overtake each other.
+//!
+//! # The start of the prober
+//!
+//! A layer is often built outside a runtime. [`Gate::arm`] then stores a [`Starter`], and the first call inside a
+//! runtime runs it. The lock `prober` protects the [`ProberState`]; the flag [`ARMED`] shows calls, without the lock,
+//! that a starter is stored. `ARMED` is set and cleared under the lock, so it always agrees with `ProberState::Armed`
+//! there. Outside the lock the flag can be outdated: [`Gate::start_if_possible`] checks the state again under the lock.
+//!
+//! ```text
+//!  Idle ──arm──▶ Armed ──start──▶ Starting ──spawned──▶ Running
+//!                  ▲                  │                    │
+//!                  └──────────────────┴───runtime ended────┘──timers missing──▶ Dead
+//! ```
+//!
+//! A starter owns the service and the probe of the user, so it runs, and is dropped, outside the lock. A runtime that
+//! shuts down drops the prober during the spawn, and this drop changes the state from `Starting` to `Armed` before the
+//! spawning thread locks again. That thread therefore sets `Running` only if the state is still `Starting`.
 
-mod calls;
-mod start;
+mod policy;
 
 use std::{
-    fmt,
+    fmt, mem,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicU8, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use tokio::sync::Notify;
+use tokio::{runtime::Handle, sync::Notify, task::AbortHandle};
 
-pub use self::calls::WhileDown;
-use self::start::Start;
-pub(super) use self::start::Starter;
 use super::{
     entry::CheckState,
-    fail_open::{FailOpen, Member},
-    probe::{Failed, ProbeFailure},
+    fail_open::{FailOpen, Membership},
+    probe::{FailedProbe, ProbeFailure},
     reporter::Reporter,
-    schedule::Schedule,
+    schedule::{Schedule, checked_jitter, checked_thresholds},
     threshold::{ProbeState, Threshold},
 };
 use crate::{
+    error::ConfigError,
     event::event,
     fault::LayerName,
+    sync::{Mutex, MutexGuard},
     time::{Clock, Nanos, nanos},
     user_code::catch_panic,
 };
 
 /// The gate of a layer, with its prober.
 pub struct Gate {
-    /// `listens << 4 | taken << 3 | armed << 2 | state`. An admitted call reads only this word.
+    /// The flags and the state. An admitted call reads only this word.
     word: AtomicU8,
     /// The time at which the next result is expected, for `retry_after`. Only advisory, so its accesses are relaxed.
-    next: AtomicU64,
-    refused: AtomicU64,
-    /// With `LISTENS`: the number of calls that succeeded since the previous probe.
-    passed: AtomicU64,
-    /// With `LISTENS`: the number of calls that failed since the previous probe.
+    next_result: AtomicU64,
+    rejected: AtomicU64,
+    shadowed: AtomicU64,
+    /// With `PASSIVE`: the number of calls that succeeded since the previous probe.
+    succeeded: AtomicU64,
+    /// With `PASSIVE`: the number of calls that failed since the previous probe.
     failed: AtomicU64,
-    while_down: AtomicU8,
-    guard: OnceLock<FailOpen>,
+    fail_open: OnceLock<FailOpen>,
     probing: Mutex<Probing>,
-    start: Mutex<Start>,
-    /// Notified of every change of the state, of `while_down`, and of the set of the guard.
+    prober: Mutex<ProberState>,
+    /// Notified of every change of the state, of shadow mode, and of the set of the gate.
     changed: Arc<Notify>,
     clock: Clock,
-    label: OnceLock<Arc<LayerName>>,
+    label: Mutex<Option<Arc<LayerName>>>,
 }
 
 /// The bits of the [`ProbeState`].
-const STATE: u8 = 0b0011;
+const STATE: u8 = 0b11;
 /// A prober waits for a runtime on which it can start. The next call starts it.
-const ARMED: u8 = 0b0100;
+const ARMED: u8 = 1 << 2;
 /// The gate has a prober, started or armed. Never cleared.
-const TAKEN: u8 = 0b1000;
-/// The gate is passive: the outcomes of calls are counted.
-const LISTENS: u8 = 0b1_0000;
+const HAS_PROBER: u8 = 1 << 3;
+/// The outcomes of calls are counted.
+const PASSIVE: u8 = 1 << 4;
+/// Calls are admitted while the gate is down.
+const SHADOW: u8 = 1 << 5;
+/// `poll_ready` is pending while the gate is down.
+const BACKPRESSURE: u8 = 1 << 6;
+/// The layer has built a service. Never cleared.
+const IN_USE: u8 = 1 << 7;
 
 /// The settings of the prober, and the results of its probes.
 pub(super) struct Probing {
-    pub(super) schedule: Schedule,
+    schedule: Schedule,
     pub(super) threshold: Threshold,
     /// Whether a response by which the upstream declares itself unavailable takes it down at once.
-    pub(super) immediate_failure: bool,
-    pub(super) reporters: Vec<Reporter>,
+    immediate_failure: bool,
+    reporters: Vec<Reporter>,
     pub(super) probes: u64,
-    pub(super) spared: u64,
-    pub(super) last: Option<Last>,
+    pub(super) skipped: u64,
+    pub(super) last: Option<EndedProbe>,
     pub(super) last_error: Option<Box<str>>,
-    pub(super) listeners: Vec<Listener>,
-    pub(super) member: Option<Member>,
+    listeners: Vec<ProbeListener>,
+    membership: Option<Membership>,
 }
 
 /// A function of the user that receives the result of each probe.
-pub(super) type Listener = Arc<dyn Fn(Result<(), ProbeFailure>) + Send + Sync>;
+type ProbeListener = Arc<dyn Fn(Result<(), ProbeFailure>) + Send + Sync>;
 
 /// The next action of a prober.
 pub(super) enum Due {
@@ -110,58 +131,172 @@ pub(super) enum Due {
 
 /// The last probe that has ended.
 #[derive(Clone, Copy)]
-pub(super) struct Last {
+pub(super) struct EndedProbe {
     pub(super) result: Result<(), ProbeFailure>,
     pub(super) ended: Nanos,
     pub(super) took: Duration,
+}
+
+/// Spawns the prober.
+pub(super) type Starter = Box<dyn FnOnce(&Handle) -> AbortHandle + Send>;
+
+enum ProberState {
+    /// The layer has not wrapped a service yet.
+    Idle,
+    /// The prober waits for a runtime.
+    Armed(Starter),
+    /// A thread spawns the prober at this moment, outside the lock.
+    Starting,
+    Running(AbortHandle),
+    /// The prober has panicked, because its runtime has no timers. It is not started again.
+    Dead,
 }
 
 impl Gate {
     pub(super) fn new() -> Self {
         Self {
             word: AtomicU8::new(0),
-            next: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
-            passed: AtomicU64::new(0),
+            next_result: AtomicU64::new(0),
+            rejected: AtomicU64::new(0),
+            shadowed: AtomicU64::new(0),
+            succeeded: AtomicU64::new(0),
             failed: AtomicU64::new(0),
-            while_down: AtomicU8::new(WhileDown::Reject as u8),
-            guard: OnceLock::new(),
+            fail_open: OnceLock::new(),
             probing: Mutex::new(Probing {
                 schedule: Schedule::DEFAULT,
                 threshold: Threshold::new(1, 3),
                 immediate_failure: true,
                 reporters: Vec::new(),
                 probes: 0,
-                spared: 0,
+                skipped: 0,
                 last: None,
                 last_error: None,
                 listeners: Vec::new(),
-                member: None,
+                membership: None,
             }),
-            start: Mutex::new(Start::Idle),
+            prober: Mutex::new(ProberState::Idle),
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
-            label: OnceLock::new(),
+            label: Mutex::new(None),
         }
     }
 
-    pub(super) fn name(&self, name: &str) {
-        // The first name remains, because rejections already refer to it.
-        let _ = self.label.set(Arc::new(LayerName { name: name.into(), fault: None }));
+    /// Returns a gate with the settings of this one and with state of its own. It has no reporters: two gates must not
+    /// report to the same check.
+    pub(super) fn fork(&self) -> Self {
+        let new = Self::new();
+        let flags = PASSIVE | SHADOW | BACKPRESSURE;
+        new.set_flag(self.word.load(Ordering::Acquire) & flags, true);
+        *new.label.lock() = self.label();
+        {
+            let (probing, mut forked) = (self.probing.lock(), new.probing.lock());
+            forked.schedule = probing.schedule.clone();
+            forked.threshold = Threshold::new(probing.threshold.rise, probing.threshold.fall);
+            forked.immediate_failure = probing.immediate_failure;
+            forked.listeners = probing.listeners.clone();
+        }
+        if let Some(set) = self.fail_open.get() {
+            new.join(set);
+        }
+        new
     }
 
-    fn named(&self) -> &str {
-        self.label.get().map_or("", |label| &*label.name)
+    /// Returns whether the layer has built a service with this gate.
+    pub(super) fn is_in_use(&self) -> bool {
+        self.word.load(Ordering::Acquire) & IN_USE != 0
+    }
+
+    pub(super) fn set_in_use(&self) {
+        // A layer may be applied for each connection, so the usual case only reads.
+        if !self.is_in_use() {
+            self.set_flag(IN_USE, true);
+        }
+    }
+
+    // ===== Settings =====
+
+    pub(super) fn set_name(&self, name: &str) {
+        *self.label.lock() = Some(Arc::new(LayerName { name: name.into(), fault: None }));
+    }
+
+    fn label(&self) -> Option<Arc<LayerName>> {
+        self.label.lock().clone()
     }
 
     /// Reads or changes the settings and results of the prober, under the lock. A changed setting applies to the next
     /// probe.
     pub(super) fn with<T>(&self, change: impl FnOnce(&mut Probing) -> T) -> T {
-        change(&mut self.probing())
+        change(&mut self.probing.lock())
     }
 
-    /// Adds a reporter, and sets its check to the current state.
+    pub(super) fn set_every(&self, delay: Duration) -> Result<(), ConfigError> {
+        let delay = ConfigError::above_zero("every", delay)?;
+        self.with(|probing| probing.schedule.every = delay);
+        Ok(())
+    }
+
+    pub(super) fn set_every_while_down(&self, delay: Duration) -> Result<(), ConfigError> {
+        let delay = ConfigError::above_zero("every_while_down", delay)?;
+        self.with(|probing| probing.schedule.every_while_down = Some(delay));
+        Ok(())
+    }
+
+    pub(super) fn set_jitter(&self, ratio: f64) -> Result<(), ConfigError> {
+        let ratio = checked_jitter(ratio)?;
+        self.with(|probing| probing.schedule.jitter = ratio);
+        Ok(())
+    }
+
+    pub(super) fn set_timeout(&self, timeout: Duration) -> Result<(), ConfigError> {
+        let timeout = ConfigError::above_zero("timeout", timeout)?;
+        self.with(|probing| probing.schedule.timeout = timeout);
+        Ok(())
+    }
+
+    pub(super) fn set_thresholds(&self, rise: u32, fall: u32) -> Result<(), ConfigError> {
+        let (rise, fall) = checked_thresholds(rise, fall)?;
+        self.with(|probing| (probing.threshold.rise, probing.threshold.fall) = (rise, fall));
+        Ok(())
+    }
+
+    pub(super) fn set_immediate_failure(&self, on: bool) {
+        self.with(|probing| probing.immediate_failure = on);
+    }
+
+    pub(super) fn set_passive(&self, on: bool) {
+        self.set_flag(PASSIVE, on);
+    }
+
+    pub(super) fn set_backpressure(&self) {
+        self.set_flag(BACKPRESSURE, true);
+    }
+
+    pub(super) fn set_shadow(&self, on: bool) {
+        self.set_flag(SHADOW, on);
+        self.changed.notify_waiters();
+    }
+
+    fn set_flag(&self, flag: u8, on: bool) {
+        if on {
+            self.word.fetch_or(flag, Ordering::AcqRel);
+        } else {
+            self.word.fetch_and(!flag, Ordering::AcqRel);
+        }
+    }
+
+    pub(super) fn add_listener(
+        &self,
+        listener: impl Fn(Result<(), ProbeFailure>) + Send + Sync + 'static,
+    ) {
+        self.with(|probing| probing.listeners.push(Arc::new(listener)));
+    }
+
+    /// Adds a reporter, and sets its check to the current state. The name of the check becomes the name of the gate,
+    /// unless the gate has one.
     pub(super) fn report_to(&self, reporter: Reporter) {
+        if self.label().is_none() {
+            self.set_name(reporter.name());
+        }
         self.with(|probing| probing.reporters.push(reporter.clone()));
         loop {
             let state = self.state();
@@ -174,30 +309,21 @@ impl Gate {
         }
     }
 
-    pub(super) fn listen(&self) {
-        self.word.fetch_or(LISTENS, Ordering::AcqRel);
-    }
-
-    pub(super) fn set_while_down(&self, how: WhileDown) {
-        self.while_down.store(how as u8, Ordering::Release);
-        self.changed.notify_waiters();
-    }
-
-    /// Joins the set of a guard. The first guard remains.
-    pub(super) fn join(&self, guard: &FailOpen) {
+    /// Joins a set. The first set remains.
+    pub(super) fn join(&self, set: &FailOpen) {
         let changed = {
-            let mut probing = self.probing();
-            if probing.member.is_some() {
+            let mut probing = self.probing.lock();
+            if probing.membership.is_some() {
                 return;
             }
-            let mut member = Member::of(guard, &self.changed);
-            let changed = member.is_now(probing.threshold.state() == ProbeState::Down);
-            let _ = self.guard.set(member.guard().clone());
-            probing.member = Some(member);
+            let mut membership = Membership::new(set, &self.changed);
+            let changed = membership.set_down(probing.threshold.state() == ProbeState::Down);
+            let _ = self.fail_open.set(set.clone());
+            probing.membership = Some(membership);
             changed
         };
-        if let Some(guard) = changed {
-            guard.tell();
+        if let Some(set) = changed {
+            set.notify();
         }
     }
 
@@ -216,86 +342,86 @@ impl Gate {
         &self.changed
     }
 
-    pub(super) fn refused(&self) -> u64 {
-        self.refused.load(Ordering::Relaxed)
+    pub(super) fn rejected(&self) -> u64 {
+        self.rejected.load(Ordering::Relaxed)
     }
 
-    fn probing(&self) -> MutexGuard<'_, Probing> {
-        // No user code runs under this lock, so a poisoned lock is used as it is.
-        self.probing.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn shadowed(&self) -> u64 {
+        self.shadowed.load(Ordering::Relaxed)
     }
 
     // ===== The prober =====
 
     /// Returns the next action of the prober: a probe, or a wait if calls have proved health since the previous probe.
     pub(super) fn due(&self) -> Due {
-        let (passed, failed) =
-            (self.passed.swap(0, Ordering::AcqRel), self.failed.swap(0, Ordering::AcqRel));
-        let proved = passed > 0 && failed == 0;
+        let (succeeded, failed) =
+            (self.succeeded.swap(0, Ordering::AcqRel), self.failed.swap(0, Ordering::AcqRel));
+        let proved = succeeded > 0 && failed == 0;
         if proved && self.state() == ProbeState::Up {
-            return Due::Wait(self.spare());
+            return Due::Wait(self.skip());
         }
-        Due::Probe(self.probe_begins())
+        Due::Probe(self.begin())
     }
 
     /// Records a skipped probe as one that passed. Returns the time until the next one.
-    fn spare(&self) -> Duration {
-        let mut probing = self.probing();
-        probing.spared += 1;
+    fn skip(&self) -> Duration {
+        let mut probing = self.probing.lock();
+        probing.skipped += 1;
         // The state is up, so a success does not change it.
-        let _ = probing.threshold.told(true);
+        let _ = probing.threshold.record(true);
         for reporter in &probing.reporters {
-            reporter.looked(Ok(()), None);
+            reporter.record(Ok(()), None);
         }
-        let wait = probing.schedule.wait(probing.threshold.state(), false);
-        self.expect_verdict_in(wait);
-        wait
+        let delay = probing.schedule.delay(probing.threshold.state(), false);
+        self.expect_result_in(delay);
+        delay
     }
 
     /// Records the start of a probe. Returns its timeout.
-    fn probe_begins(&self) -> Duration {
-        let mut probing = self.probing();
+    fn begin(&self) -> Duration {
+        let mut probing = self.probing.lock();
         probing.probes += 1;
-        self.expect_verdict_in(probing.schedule.timeout);
+        self.expect_result_in(probing.schedule.timeout);
         probing.schedule.timeout
     }
 
     /// Records the result of a probe, and notifies reporters, listeners and callers. Returns the time until the next
     /// probe.
-    pub(super) fn probe_ended(&self, ended: Result<(), Failed>, took: Duration) -> Duration {
-        let result = ended.as_ref().map_err(|failed| failed.why).copied();
-        let mut probing = self.probing();
-        probing.last = Some(Last { result, ended: self.now(), took });
+    pub(super) fn record(&self, ended: Result<(), FailedProbe>, took: Duration) -> Duration {
+        let result = ended.as_ref().map_err(|failed| failed.reason).copied();
+        let mut probing = self.probing.lock();
+        probing.last = Some(EndedProbe { result, ended: self.now(), took });
         for reporter in &probing.reporters {
-            reporter.looked(ended.as_ref().map_err(Failed::to_string).copied(), Some(took));
+            reporter.record(ended.as_ref().map_err(FailedProbe::to_string).copied(), Some(took));
         }
         probing.last_error = ended.err().and_then(|failed| failed.error);
         let _error = probing.last_error.clone();
         let change = match result {
             // A rejection by an inner layer of this crate contains no information about the upstream.
             Err(ProbeFailure::Rejected) => None,
-            Err(why) if probing.immediate_failure && why.is_immediate() => {
-                probing.threshold.fail_at_once()
+            Err(reason) if probing.immediate_failure && reason.is_immediate() => {
+                probing.threshold.fail_immediately()
             }
-            result => probing.threshold.told(result.is_ok()),
+            result => probing.threshold.record(result.is_ok()),
         };
-        let failing = probing.threshold.in_a_row().1 > 0;
-        let wait = probing.schedule.wait(probing.threshold.state(), failing);
+        let failing = probing.threshold.consecutive().1 > 0;
+        let delay = probing.schedule.delay(probing.threshold.state(), failing);
         let listeners = probing.listeners.clone();
-        self.expect_verdict_in(wait);
+        self.expect_result_in(delay);
         if let Some(to) = change {
             self.publish(probing);
-            let name = self.named();
-            if let (ProbeState::Down, Err(why)) = (to, result) {
+            let label = self.label();
+            let name = name_of(&label);
+            if let (ProbeState::Down, Err(reason)) = (to, result) {
                 event!(
                     health,
                     WARN,
                     resilience.name = name,
-                    reason = why.as_str(),
+                    reason = reason.as_str(),
                     error = _error.as_deref(),
                     "health probe: down"
                 );
-                let _ = why;
+                let _ = reason;
             } else {
                 event!(health, INFO, resilience.name = name, "health probe: up");
             }
@@ -307,12 +433,12 @@ impl Gate {
             // A panic of a listener does not end the probes.
             let _ = catch_panic(|| listener(result));
         }
-        wait
+        delay
     }
 
     /// Sets the time at which the next result is expected.
-    fn expect_verdict_in(&self, wait: Duration) {
-        self.next.store(self.now().saturating_add(nanos(wait)), Ordering::Relaxed);
+    fn expect_result_in(&self, delay: Duration) {
+        self.next_result.store(self.now().saturating_add(nanos(delay)), Ordering::Relaxed);
     }
 
     /// Writes the state to the word, releases the lock, and then notifies the set, the reporters and the callers.
@@ -322,16 +448,78 @@ impl Gate {
         let _ = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
             Some(word & !STATE | to as u8)
         });
-        let member = probing.member.as_mut();
-        let guard = member.and_then(|member| member.is_now(to == ProbeState::Down));
+        let membership = probing.membership.as_mut();
+        let set = membership.and_then(|membership| membership.set_down(to == ProbeState::Down));
         drop(probing);
-        if let Some(guard) = guard {
-            guard.tell();
+        if let Some(set) = set {
+            set.notify();
         }
         for reporter in reporters {
             reporter.publish(CheckState::of(to));
         }
         self.changed.notify_waiters();
+    }
+
+    // ===== The start of the prober =====
+
+    /// Stores a prober, unless the gate has one, and starts it if the current thread is inside a runtime.
+    pub(super) fn arm(&self, prober: impl FnOnce() -> Starter) {
+        if self.word.load(Ordering::Acquire) & HAS_PROBER == 0 {
+            // Outside the lock, because it clones the service of the user.
+            let starter = prober();
+            let mut state = self.prober.lock();
+            if matches!(*state, ProberState::Idle) {
+                *state = ProberState::Armed(starter);
+                self.set_flag(ARMED | HAS_PROBER, true);
+            }
+        }
+        if self.word.load(Ordering::Acquire) & ARMED != 0 {
+            self.start_if_possible();
+        }
+    }
+
+    /// Starts an armed prober, if the current thread is inside a runtime.
+    #[cold]
+    fn start_if_possible(&self) {
+        let Ok(runtime) = Handle::try_current() else { return };
+        let starter = {
+            let mut state = self.prober.lock();
+            if !matches!(*state, ProberState::Armed(_)) {
+                return;
+            }
+            self.set_flag(ARMED, false);
+            match mem::replace(&mut *state, ProberState::Starting) {
+                ProberState::Armed(starter) => starter,
+                _ => return,
+            }
+        };
+        // Outside the lock: a runtime that shuts down drops the prober at once, which locks and arms again.
+        let running = starter(&runtime);
+        let mut state = self.prober.lock();
+        if matches!(*state, ProberState::Starting) {
+            *state = ProberState::Running(running);
+        }
+    }
+
+    /// Makes the state unknown, because the runtime of the prober has ended before the gate. With a starter, the next
+    /// call starts the prober on its own runtime.
+    pub(super) fn stopped(&self, starter: Option<Starter>) {
+        let mut probing = self.probing.lock();
+        probing.threshold.reset();
+        self.publish(probing);
+        // Armed after the state is published, so that this change cannot overwrite a result of the next prober.
+        let mut state = self.prober.lock();
+        let next = match starter {
+            Some(starter) => {
+                self.set_flag(ARMED, true);
+                ProberState::Armed(starter)
+            }
+            None => ProberState::Dead,
+        };
+        let before = mem::replace(&mut *state, next);
+        drop(state);
+        // Dropped outside the lock: a starter owns the service and the probe of the user.
+        drop(before);
     }
 }
 
@@ -343,17 +531,28 @@ fn state_of(word: u8) -> ProbeState {
     }
 }
 
+fn name_of(label: &Option<Arc<LayerName>>) -> &str {
+    label.as_ref().map_or("", |label| &*label.name)
+}
+
 impl Drop for Gate {
     /// Aborts the prober, because no layer, service or handle is left.
     fn drop(&mut self) {
-        self.stop();
+        // The abort is outside the lock: it may drop the prober, which owns the service and the probe of the user.
+        let running = match &*self.prober.lock() {
+            ProberState::Running(prober) => Some(prober.clone()),
+            _ => None,
+        };
+        if let Some(prober) = running {
+            prober.abort();
+        }
     }
 }
 
 impl fmt::Debug for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Gate")
-            .field("name", &self.named())
+            .field("name", &name_of(&self.label()))
             .field("state", &self.state())
             .finish_non_exhaustive()
     }

@@ -8,8 +8,10 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::super::{fail_open::FailOpen, threshold::ProbeState};
-use super::{ARMED, Gate, LISTENS, state_of};
+use super::{
+    super::{fail_open::FailOpen, threshold::ProbeState},
+    ARMED, BACKPRESSURE, Gate, PASSIVE, SHADOW, name_of, state_of,
+};
 use crate::{
     admission::{Admit, Policy, Terms},
     event::event,
@@ -17,44 +19,43 @@ use crate::{
     permit::{Permit, Release, ReleaseAt, Token},
 };
 
-/// The treatment of calls while a gate is down.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum WhileDown {
-    /// Calls are rejected.
-    #[default]
-    Reject,
-    /// Calls are admitted, so that the gate affects only the check in its registry.
-    LetThrough,
-    /// `poll_ready` returns `Pending`, so that a balancer selects another endpoint. A call that is made nevertheless is
-    /// rejected.
-    Wait,
-}
-
 impl Gate {
-    /// Returns the word if it admits a call. Starts the prober if it is armed.
+    /// Returns the word for a call. Starts the prober if it is armed.
     #[inline]
-    fn lets_through(&self) -> Option<u8> {
+    fn word_for_call(&self) -> u8 {
         let word = self.word.load(Ordering::Acquire);
         if word & ARMED != 0 {
             self.start_if_possible();
         }
-        (state_of(word) != ProbeState::Down || self.lets_through_though_down()).then_some(word)
+        word
+    }
+
+    fn fails_open(&self) -> bool {
+        self.fail_open.get().is_some_and(FailOpen::is_active)
     }
 
     #[cold]
-    fn lets_through_though_down(&self) -> bool {
-        self.while_down.load(Ordering::Acquire) == WhileDown::LetThrough as u8
-            || self.guard.get().is_some_and(FailOpen::panics)
+    fn admits_while_down(&self, word: u8) -> bool {
+        word & SHADOW != 0 || self.fails_open()
     }
 
+    /// Admits or rejects a call while the gate is down, and counts it.
     #[cold]
-    fn refuse(&self) -> Rejected {
-        self.refused.fetch_add(1, Ordering::Relaxed);
-        event!(health, DEBUG, resilience.name = self.named(), "call rejected: unhealthy");
-        let left = self.next.load(Ordering::Relaxed).saturating_sub(self.now());
-        Rejected::by(LayerKind::HealthProbe, RejectedKind::Unhealthy)
+    fn admit_while_down(&self, word: u8) -> Result<(), Rejected> {
+        if self.fails_open() {
+            return Ok(());
+        }
+        if word & SHADOW != 0 {
+            self.shadowed.fetch_add(1, Ordering::Relaxed);
+            return Ok(());
+        }
+        self.rejected.fetch_add(1, Ordering::Relaxed);
+        let label = self.label();
+        event!(health, DEBUG, resilience.name = name_of(&label), "call rejected: unhealthy");
+        let left = self.next_result.load(Ordering::Relaxed).saturating_sub(self.now());
+        Err(Rejected::by(LayerKind::HealthProbe, RejectedKind::Unhealthy)
             .with_retry_after(Duration::from_nanos(left))
-            .labelled(self.label.get().cloned())
+            .labelled(label))
     }
 }
 
@@ -68,25 +69,29 @@ impl<Req> Policy<Req> for Arc<Gate> {
 
     #[inline]
     fn peek(&self) -> bool {
-        self.lets_through().is_some()
+        let word = self.word_for_call();
+        state_of(word) != ProbeState::Down || self.admits_while_down(word)
     }
 
     fn uses_backpressure(&self) -> bool {
-        self.while_down.load(Ordering::Relaxed) == WhileDown::Wait as u8
+        self.word.load(Ordering::Relaxed) & BACKPRESSURE != 0
     }
 
     #[inline]
     fn admit(&self, _: &Req, _: impl Terms) -> Admit<bool, Self::Wait> {
-        match self.lets_through() {
-            Some(word) => Admit::Pass(word & LISTENS != 0),
-            None => Admit::Reject(self.refuse()),
+        let word = self.word_for_call();
+        if state_of(word) == ProbeState::Down {
+            if let Err(rejected) = self.admit_while_down(word) {
+                return Admit::Reject(rejected);
+            }
         }
+        Admit::Pass(word & PASSIVE != 0)
     }
 
     #[inline]
-    fn permit(&self, listens: bool) -> Permit<Self> {
+    fn permit(&self, is_counted: bool) -> Permit<Self> {
         // A gate that is not passive does not count outcomes, so its calls need no permit.
-        if listens { Permit::of(self, Token::default()) } else { Permit::hollow() }
+        if is_counted { Permit::of(self, Token::default()) } else { Permit::hollow() }
     }
 
     fn closed_signal(&self, _: Option<&Permit<Self>>) -> Option<Arc<Notify>> {
@@ -97,7 +102,7 @@ impl<Req> Policy<Req> for Arc<Gate> {
 impl Release for Gate {
     fn finish(&self, _: Token, outcome: Outcome) {
         match outcome.kind() {
-            OutcomeKind::Success => self.passed.fetch_add(1, Ordering::Relaxed),
+            OutcomeKind::Success => self.succeeded.fetch_add(1, Ordering::Relaxed),
             OutcomeKind::Failure => self.failed.fetch_add(1, Ordering::Relaxed),
             // Neither outcome proves health or its absence.
             OutcomeKind::Throttled | OutcomeKind::Cancelled => return,

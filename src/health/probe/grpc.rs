@@ -9,8 +9,8 @@ use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
 use super::{
-    Failed, Probe, ProbeFailure, StatusProbe,
-    http::{answer, parse, read},
+    FailedProbe, Probe, ProbeFailure, Sealed, StatusProbe,
+    http::{call_http, parse, read},
     opaque_debug,
 };
 use crate::{error::ConfigError, outcome::grpc, redact};
@@ -24,7 +24,11 @@ pub struct Grpc<F> {
 }
 
 impl<F> Grpc<F> {
-    pub(crate) fn new(origin: &str, service: &str, body: F) -> (Self, Option<ConfigError>) {
+    pub(in super::super) fn new(
+        origin: &str,
+        service: &str,
+        body: F,
+    ) -> (Self, Option<ConfigError>) {
         let uri = format!("{}/grpc.health.v1.Health/Check", origin.trim_end_matches('/'));
         let (uri, fault) = match parse(&uri) {
             Ok(uri) => (uri, None),
@@ -75,7 +79,7 @@ where
     B: Send + 'static,
     RB: Body + Send,
 {
-    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
+    async fn run(self, service: S, deadline: Instant) -> Result<(), FailedProbe> {
         let mut request = Request::new((self.body)(self.message));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.uri;
@@ -84,7 +88,7 @@ where
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
 
-        let (head, body) = answer(service, request, deadline).await?;
+        let (head, body) = call_http(service, request, deadline).await?;
         if head.status != StatusCode::OK {
             return Err(ProbeFailure::Status(head.status).into());
         }
@@ -101,6 +105,8 @@ where
     }
 }
 
+impl<F> Sealed for Grpc<F> {}
+
 impl<F> StatusProbe for Grpc<F> {}
 
 opaque_debug!(Grpc<F>);
@@ -110,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_grpc_messages_are_prosts() {
+    fn messages_equal_those_of_prost() {
         use prost::Message;
         use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
@@ -121,12 +127,12 @@ mod tests {
         for service in
             ["", "search.Search", &"x".repeat(127), &"x".repeat(128), &"x".repeat(70_000)]
         {
-            let theirs = HealthCheckRequest { service: service.to_owned() }.encode_to_vec();
-            assert_eq!(check_request(service), framed(theirs));
+            let expected = HealthCheckRequest { service: service.to_owned() }.encode_to_vec();
+            assert_eq!(check_request(service), framed(expected));
         }
         for status in 0..4 {
-            let theirs = framed(HealthCheckResponse { status }.encode_to_vec());
-            assert_eq!(is_serving(&theirs), status == 1, "{theirs:?}");
+            let expected = framed(HealthCheckResponse { status }.encode_to_vec());
+            assert_eq!(is_serving(&expected), status == 1, "{expected:?}");
         }
         assert!(!is_serving(&[0, 0, 0, 0, 2, 8]), "cut off");
     }

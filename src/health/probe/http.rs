@@ -1,81 +1,87 @@
 //! Health probes by HTTP requests.
 
-use std::{
-    fmt,
-    future::poll_fn,
-    marker::PhantomData,
-    pin::pin,
-    sync::Arc,
-    task::{Poll, ready},
-};
+use std::{fmt, future::poll_fn, marker::PhantomData, pin::pin, sync::Arc};
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{BufMut, BytesMut};
 use http::{HeaderMap, Request, Response, StatusCode, Uri, response::Parts};
 use http_body::Body;
 use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
-use super::{Failed, Probe, ProbeFailure, StatusProbe, ask, blame, of_refused, opaque_debug};
-use crate::{error::ConfigError, outcome::Rejected, redact};
-
-/// Maximum number of bytes that are read of a response body.
-const MOST_BODY: usize = 64 * 1024;
+use super::{
+    FailedProbe, Probe, ProbeFailure, Sealed, StatusProbe, call, failure_of_error,
+    failure_of_rejection, opaque_debug,
+};
+use crate::{
+    drain::{MAX_RESPONSE_BYTES, ReadEnd, poll_read},
+    error::ConfigError,
+    outcome::Rejected,
+    redact,
+};
 
 /// The rules for the status and the body of a response.
 #[derive(Clone, Default)]
-pub struct Expected {
-    status: Option<Arc<FitsStatus>>,
-    body: Option<Arc<FitsBody>>,
+pub struct ExpectedResponse {
+    status: Option<Arc<StatusRule>>,
+    body: Option<Arc<BodyRule>>,
 }
 
-type FitsStatus = dyn Fn(StatusCode) -> bool + Send + Sync;
-type FitsBody = dyn Fn(&[u8]) -> bool + Send + Sync;
+type StatusRule = dyn Fn(StatusCode) -> bool + Send + Sync;
+type BodyRule = dyn Fn(&[u8]) -> bool + Send + Sync;
 
 /// A probe over HTTP, which has rules for its response.
-pub trait HttpProbe: Sized {
-    #[doc(hidden)]
-    fn expected(&mut self) -> &mut Expected;
+///
+/// The trait is sealed.
+pub trait HttpProbe: Sealed {
+    /// Returns the rules for the response.
+    fn expected(&mut self) -> &mut ExpectedResponse;
 }
 
-impl Expected {
-    pub(crate) fn set_status(&mut self, fits: impl Fn(StatusCode) -> bool + Send + Sync + 'static) {
-        self.status = Some(Arc::new(fits));
+impl ExpectedResponse {
+    pub(in super::super) fn set_status(
+        &mut self,
+        passes: impl Fn(StatusCode) -> bool + Send + Sync + 'static,
+    ) {
+        self.status = Some(Arc::new(passes));
     }
 
-    pub(crate) fn set_body(&mut self, fits: impl Fn(&[u8]) -> bool + Send + Sync + 'static) {
-        self.body = Some(Arc::new(fits));
+    pub(in super::super) fn set_body(
+        &mut self,
+        passes: impl Fn(&[u8]) -> bool + Send + Sync + 'static,
+    ) {
+        self.body = Some(Arc::new(passes));
     }
 
-    fn has(&self, status: StatusCode) -> bool {
-        self.status.as_ref().map_or(status.is_success(), |fits| fits(status))
+    fn accepts(&self, status: StatusCode) -> bool {
+        self.status.as_ref().map_or(status.is_success(), |passes| passes(status))
     }
 }
 
 /// Sends `GET` with an empty body. Made by [`HealthProbeLayer::get`](super::super::layer::HealthProbeLayer::get).
 pub struct Get<B> {
     uri: Uri,
-    expected: Expected,
+    expected: ExpectedResponse,
     body: PhantomData<fn() -> B>,
 }
 
 impl<B> Get<B> {
-    pub(crate) fn new(uri: &str) -> (Self, Option<ConfigError>) {
+    pub(in super::super) fn new(uri: &str) -> (Self, Option<ConfigError>) {
         let (uri, fault) = match parse(uri) {
             Ok(uri) => (uri, None),
             Err(fault) => (Uri::default(), Some(fault)),
         };
-        (Self { uri, expected: Expected::default(), body: PhantomData }, fault)
+        (Self { uri, expected: ExpectedResponse::default(), body: PhantomData }, fault)
     }
 }
 
 impl<B> HttpProbe for Get<B> {
-    fn expected(&mut self) -> &mut Expected {
+    fn expected(&mut self) -> &mut ExpectedResponse {
         &mut self.expected
     }
 }
 
 /// Parses a URI in origin form (`/healthz`) or in absolute form (`http://search:8080/healthz`).
-pub(crate) fn parse(uri: &str) -> Result<Uri, ConfigError> {
+pub(super) fn parse(uri: &str) -> Result<Uri, ConfigError> {
     let fault = || {
         let remedy = "use a path like `/healthz`, or a full `http://host/healthz`";
         ConfigError::new("get", redact::Value(uri), remedy)
@@ -95,10 +101,10 @@ where
     B: Default + Send + 'static,
     RB: Body + Send,
 {
-    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
+    async fn run(self, service: S, deadline: Instant) -> Result<(), FailedProbe> {
         let mut request = Request::new(B::default());
         *request.uri_mut() = self.uri;
-        over_http(service, request, deadline, self.expected).await
+        probe_http(service, request, deadline, self.expected).await
     }
 }
 
@@ -107,17 +113,17 @@ where
 #[derive(Clone)]
 pub struct SendRequest<F> {
     make: F,
-    expected: Expected,
+    expected: ExpectedResponse,
 }
 
 impl<F> SendRequest<F> {
-    pub(crate) fn new(make: F) -> Self {
-        Self { make, expected: Expected::default() }
+    pub(in super::super) fn new(make: F) -> Self {
+        Self { make, expected: ExpectedResponse::default() }
     }
 }
 
 impl<F> HttpProbe for SendRequest<F> {
-    fn expected(&mut self) -> &mut Expected {
+    fn expected(&mut self) -> &mut ExpectedResponse {
         &mut self.expected
     }
 }
@@ -131,106 +137,98 @@ where
     B: Send + 'static,
     RB: Body + Send,
 {
-    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
+    async fn run(self, service: S, deadline: Instant) -> Result<(), FailedProbe> {
         let request = (self.make)();
-        over_http(service, request, deadline, self.expected).await
+        probe_http(service, request, deadline, self.expected).await
     }
 }
+
+impl<B> Sealed for Get<B> {}
+
+impl<F> Sealed for SendRequest<F> {}
 
 impl<B> StatusProbe for Get<B> {}
 
 impl<F> StatusProbe for SendRequest<F> {}
 
-async fn over_http<S, B, RB>(
+async fn probe_http<S, B, RB>(
     service: S,
     request: Request<B>,
     deadline: Instant,
-    expected: Expected,
-) -> Result<(), Failed>
+    expected: ExpectedResponse,
+) -> Result<(), FailedProbe>
 where
     S: Service<Request<B>, Response = Response<RB>>,
     S::Error: 'static,
     RB: Body,
 {
-    let (head, body) = answer(service, request, deadline).await?;
-    let verdict = match head.status {
-        status if expected.has(status) => Ok(()),
+    let (head, body) = call_http(service, request, deadline).await?;
+    let result = match head.status {
+        status if expected.accepts(status) => Ok(()),
         status => Err(ProbeFailure::Status(status)),
     };
     // The body is read to its end, so that the connection can be reused.
     let read = timeout_at(deadline, read(body, expected.body.is_some())).await;
-    let verdict = match (read, expected.body) {
-        (Ok(Err(broken)), _) => verdict.and(Err(broken)),
+    let result = match (read, expected.body) {
+        (Ok(Err(failure)), _) => result.and(Err(failure)),
         // Without a rule for the body, the head determines the result, even if the body does not end in time.
-        (_, None) => verdict,
+        (_, None) => result,
         // With a rule, a body that does not end in time is a failure.
-        (Err(_), Some(_)) => verdict.and(Err(ProbeFailure::TimedOut)),
-        (Ok(Ok(read)), Some(fits)) => {
-            let fits = read.whole && fits(&read.data);
-            verdict.and(if fits { Ok(()) } else { Err(ProbeFailure::Classified) })
+        (Err(_), Some(_)) => result.and(Err(ProbeFailure::TimedOut)),
+        (Ok(Ok(read)), Some(passes)) => {
+            let passes = read.is_whole && passes(&read.data);
+            result.and(if passes { Ok(()) } else { Err(ProbeFailure::Classified) })
         }
     };
-    verdict.map_err(Failed::from)
+    result.map_err(FailedProbe::from)
 }
 
 /// Calls the service, and returns the head and the body of the response. A rejection by an inner layer is a failure.
-pub(crate) async fn answer<S, B, RB>(
+pub(super) async fn call_http<S, B, RB>(
     service: S,
     request: Request<B>,
     deadline: Instant,
-) -> Result<(Parts, RB), Failed>
+) -> Result<(Parts, RB), FailedProbe>
 where
     S: Service<Request<B>, Response = Response<RB>>,
     S::Error: 'static,
 {
-    match ask(service, request, deadline).await? {
+    match call(service, request, deadline).await? {
         Ok(response) => match response.extensions().get::<Rejected>() {
-            Some(refused) => Err(of_refused(refused).into()),
+            Some(rejected) => Err(failure_of_rejection(rejected).into()),
             None => Ok(response.into_parts()),
         },
-        Err(error) => Err(blame(&error)),
+        Err(error) => Err(failure_of_error(&error)),
     }
 }
 
-pub(crate) struct Read {
-    pub(crate) data: BytesMut,
-    pub(crate) trailers: Option<HeaderMap>,
+#[derive(Default)]
+pub(super) struct ReadBody {
+    pub(super) data: BytesMut,
+    pub(super) trailers: Option<HeaderMap>,
     /// The body was read to its end, and not only to the maximum.
-    whole: bool,
+    is_whole: bool,
 }
 
-/// Reads a body to its end or to [`MOST_BODY`] bytes. Stores its data if `keep` is set.
-pub(crate) async fn read<B: Body>(body: B, keep: bool) -> Result<Read, ProbeFailure> {
-    let mut body = pin!(body);
-    let mut read = Read { data: BytesMut::new(), trailers: None, whole: false };
-    let mut seen = 0usize;
-    poll_fn(move |cx| {
-        loop {
-            match ready!(body.as_mut().poll_frame(cx)) {
-                None => {
-                    read.whole = true;
-                    break;
-                }
-                Some(Err(_)) => return Poll::Ready(Err(ProbeFailure::Body)),
-                Some(Ok(frame)) => {
-                    // An empty frame counts as one byte, because an upstream can send them without end.
-                    let size = frame.data_ref().map_or(0, Buf::remaining);
-                    seen = seen.saturating_add(size.max(1));
-                    if seen > MOST_BODY {
-                        break;
-                    }
-                    match frame.into_data() {
-                        Ok(data) if keep => read.data.put(data),
-                        Ok(_) => {}
-                        Err(frame) => read.trailers = frame.into_trailers().ok(),
-                    }
-                }
+/// Reads a body to its end or to [`MAX_RESPONSE_BYTES`]. Stores its data if `stores_data` is set.
+pub(super) async fn read<B: Body>(body: B, stores_data: bool) -> Result<ReadBody, ProbeFailure> {
+    let (mut body, mut length, mut read) = (pin!(body), 0, ReadBody::default());
+    let end = poll_fn(|cx| {
+        poll_read(body.as_mut(), &mut length, MAX_RESPONSE_BYTES, cx, |frame| {
+            match frame.into_data() {
+                Ok(data) if stores_data => read.data.put(data),
+                Ok(_) => {}
+                Err(frame) => read.trailers = frame.into_trailers().ok(),
             }
+        })
+    });
+    match end.await {
+        ReadEnd::Error => Err(ProbeFailure::Body),
+        end => {
+            read.is_whole = end == ReadEnd::End;
+            Ok(read)
         }
-        let done = Read { data: read.data.split(), trailers: read.trailers.take(), ..read };
-        Poll::Ready(Ok(done))
-    })
-    .await
+    }
 }
 
 impl<B> Clone for Get<B> {
@@ -245,9 +243,9 @@ impl<B> fmt::Debug for Get<B> {
     }
 }
 
-impl fmt::Debug for Expected {
+impl fmt::Debug for ExpectedResponse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Expected")
+        f.write_str("ExpectedResponse")
     }
 }
 opaque_debug!(SendRequest<F>);
@@ -257,7 +255,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn where_to_send_it() {
+    fn uri_is_a_path_or_a_full_http_uri() {
         for good in ["/healthz", "/", "/a?b=c", "http://search:8080/healthz", "https://[::1]/x"] {
             assert!(parse(good).is_ok(), "{good}");
         }

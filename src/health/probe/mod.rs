@@ -4,10 +4,10 @@ mod grpc;
 mod http;
 mod task;
 
-pub(crate) use self::task::Prober;
+pub(super) use self::task::Prober;
 pub use self::{
     grpc::Grpc,
-    http::{Get, HttpProbe, SendRequest},
+    http::{ExpectedResponse, Get, HttpProbe, SendRequest},
 };
 use std::{
     fmt,
@@ -82,7 +82,7 @@ impl fmt::Display for ProbeFailure {
             Self::NotServing => f.write_str("not serving"),
             Self::Error => f.write_str("the service failed"),
             Self::Body => f.write_str("the body broke off"),
-            Self::Classified => f.write_str("judged unhealthy"),
+            Self::Classified => f.write_str("classified as unhealthy"),
             Self::TimedOut => f.write_str("timed out"),
             Self::Panicked => f.write_str("panicked"),
             Self::Rejected => f.write_str("rejected by an inner layer"),
@@ -94,30 +94,35 @@ impl std::error::Error for ProbeFailure {}
 
 /// A probe that did not pass, with its reason and the text of its error.
 #[derive(Debug)]
-pub struct Failed {
-    pub(super) why: ProbeFailure,
+pub struct FailedProbe {
+    pub(super) reason: ProbeFailure,
     /// `None` if there was no error, or if its type is not known to this crate.
     pub(super) error: Option<Box<str>>,
     /// The probe ended by connection housekeeping, which carries no information about the upstream.
     pub(super) is_housekeeping: bool,
 }
 
-impl From<ProbeFailure> for Failed {
-    fn from(why: ProbeFailure) -> Self {
-        Self { why, error: None, is_housekeeping: false }
+impl From<ProbeFailure> for FailedProbe {
+    fn from(reason: ProbeFailure) -> Self {
+        Self { reason, error: None, is_housekeeping: false }
     }
 }
 
-impl fmt::Display for Failed {
+impl fmt::Display for FailedProbe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.why.fmt(f)?;
+        self.reason.fmt(f)?;
         self.error.iter().try_for_each(|error| write!(f, ": {error}"))
     }
 }
 
+mod sealed {
+    pub trait Sealed {}
+}
+use self::sealed::Sealed;
+
 /// A kind of health probe, for a service `S`.
 ///
-/// Do not implement it outside of this crate. [`HealthProbeLayer`](super::layer::HealthProbeLayer) has a constructor for each
+/// The trait is sealed. [`HealthProbeLayer`](super::layer::HealthProbeLayer) has a constructor for each
 /// kind.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot probe `{S}`",
@@ -126,24 +131,28 @@ impl fmt::Display for Failed {
     note = "for other types, use `HealthProbeLayer::new(|| request)` with a closure that returns exactly the request type of the service",
     note = "the service, its future and its responses must be `Send`"
 )]
-pub trait Probe<S>: Clone + Send + 'static {
+pub trait Probe<S>: Sealed + Clone + Send + 'static {
     /// Sends one probe. It fails if it has not ended at `deadline`.
-    fn run(self, service: S, deadline: Instant) -> impl Future<Output = Result<(), Failed>> + Send;
+    fn run(
+        self,
+        service: S,
+        deadline: Instant,
+    ) -> impl Future<Output = Result<(), FailedProbe>> + Send;
 }
 
 /// A probe with responses by which the upstream declares itself unavailable: HTTP 503, or `NOT_SERVING` of gRPC.
 ///
-/// See [`immediate_failure`](super::layer::HealthProbeLayer::immediate_failure). Do not implement it outside of this crate.
-pub trait StatusProbe {}
+/// See [`immediate_failure`](super::layer::HealthProbeLayer::immediate_failure). The trait is sealed.
+pub trait StatusProbe: Sealed {}
 
 // ===== Services of any types =====
 
-/// Sends the request that a closure makes, and classifies the result by `judge`. Made by
+/// Sends the request that a closure makes, and classifies the result by `classify`. Made by
 /// [`HealthProbeLayer::new`](super::layer::HealthProbeLayer::new).
 #[derive(Clone)]
-pub struct CallProbe<F, J = AnyResponse> {
+pub struct CallProbe<F, C = AnyResponse> {
     pub(super) make: F,
-    pub(super) judge: J,
+    pub(super) classify: C,
 }
 
 /// The default classification: every response passes, and every error fails.
@@ -159,36 +168,36 @@ where
     S::Error: Send + 'static,
     Req: Send + 'static,
 {
-    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
+    async fn run(self, service: S, deadline: Instant) -> Result<(), FailedProbe> {
         let request = (self.make)();
-        match ask(service, request, deadline).await? {
+        match call(service, request, deadline).await? {
             Ok(_) => Ok(()),
-            Err(error) => Err(blame(&error)),
+            Err(error) => Err(failure_of_error(&error)),
         }
     }
 }
 
 /// A classification by a closure of the user.
 #[derive(Clone)]
-pub struct ClassifiedProbe<J>(pub(super) J);
+pub struct ClassifiedProbe<C>(pub(super) C);
 
-impl<S, F, J, Req> Probe<S> for CallProbe<F, ClassifiedProbe<J>>
+impl<S, F, C, Req> Probe<S> for CallProbe<F, ClassifiedProbe<C>>
 where
     F: Fn() -> Req + Clone + Send + 'static,
-    J: for<'a> Fn(Result<&'a S::Response, &'a S::Error>) -> bool + Clone + Send + 'static,
+    C: for<'a> Fn(Result<&'a S::Response, &'a S::Error>) -> bool + Clone + Send + 'static,
     S: Service<Req> + Send + 'static,
     S::Future: Send,
     S::Response: Send,
     S::Error: Send + 'static,
     Req: Send + 'static,
 {
-    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
+    async fn run(self, service: S, deadline: Instant) -> Result<(), FailedProbe> {
         let request = (self.make)();
-        let result = ask(service, request, deadline).await?;
-        match (self.judge.0(result.as_ref()), result) {
+        let result = call(service, request, deadline).await?;
+        match (self.classify.0(result.as_ref()), result) {
             (true, _) => Ok(()),
             (false, Ok(_)) => Err(ProbeFailure::Classified.into()),
-            (false, Err(error)) => Err(blame(&error)),
+            (false, Err(error)) => Err(failure_of_error(&error)),
         }
     }
 }
@@ -207,13 +216,17 @@ where
     E: 'static,
     S: Send,
 {
-    fn run(self, service: S, deadline: Instant) -> impl Future<Output = Result<(), Failed>> + Send {
+    fn run(
+        self,
+        service: S,
+        deadline: Instant,
+    ) -> impl Future<Output = Result<(), FailedProbe>> + Send {
         drop(service);
-        let asked = (self.0)();
+        let check = (self.0)();
         async move {
-            match timeout_at(deadline, asked).await {
+            match timeout_at(deadline, check).await {
                 Ok(Ok(())) => Ok(()),
-                Ok(Err(error)) => Err(blame(&error)),
+                Ok(Err(error)) => Err(failure_of_error(&error)),
                 Err(_) => Err(ProbeFailure::TimedOut.into()),
             }
         }
@@ -223,7 +236,7 @@ where
 // ===== All kinds =====
 
 /// Waits until the service is ready, and calls it. Fails with [`ProbeFailure::TimedOut`] at `deadline`.
-pub(super) async fn ask<S: Service<Req>, Req>(
+async fn call<S: Service<Req>, Req>(
     mut service: S,
     request: Req,
     deadline: Instant,
@@ -236,22 +249,22 @@ pub(super) async fn ask<S: Service<Req>, Req>(
 }
 
 /// Returns the failure of a probe that ended with this error.
-pub(super) fn blame<E: 'static>(error: &E) -> Failed {
+fn failure_of_error<E: 'static>(error: &E) -> FailedProbe {
     let known = known(error);
     match known.and_then(Rejected::find) {
-        Some(refused) => of_refused(refused).into(),
+        Some(rejected) => failure_of_rejection(rejected).into(),
         None => {
             let text = known.map(|error| Chain(error).within(MAX_ERROR).into_boxed_str());
             let is_housekeeping =
                 known.is_some_and(|error| Outcome::of_error(error).is_housekeeping());
-            Failed { why: ProbeFailure::Error, error: text, is_housekeeping }
+            FailedProbe { reason: ProbeFailure::Error, error: text, is_housekeeping }
         }
     }
 }
 
 /// Returns the failure of a probe that an inner layer rejected. A rejection by a timeout layer is a timeout.
-pub(super) fn of_refused(refused: &Rejected) -> ProbeFailure {
-    if refused.is_timeout() { ProbeFailure::TimedOut } else { ProbeFailure::Rejected }
+fn failure_of_rejection(rejected: &Rejected) -> ProbeFailure {
+    if rejected.is_timeout() { ProbeFailure::TimedOut } else { ProbeFailure::Rejected }
 }
 
 macro_rules! opaque_debug {
@@ -263,5 +276,8 @@ macro_rules! opaque_debug {
         }
     )*};
 }
-pub(super) use opaque_debug;
-opaque_debug!(CallProbe<F, J>, ClassifiedProbe<J>, FnProbe<F>);
+use opaque_debug;
+opaque_debug!(CallProbe<F, C>, ClassifiedProbe<C>, FnProbe<F>);
+
+impl<F, C> Sealed for CallProbe<F, C> {}
+impl<F> Sealed for FnProbe<F> {}

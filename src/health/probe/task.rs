@@ -5,22 +5,22 @@ use std::{sync::Weak, thread};
 use tokio::time::{Instant, sleep};
 
 use super::super::{
-    catch_panic::Caught,
+    catch_panic::CatchPanic,
     gate::{Due, Gate, Starter},
     schedule::Schedule,
 };
-use super::{Failed, Probe, ProbeFailure};
+use super::{FailedProbe, Probe, ProbeFailure};
 use crate::event::event;
 
 /// The parts of the task. It owns no strong reference to the gate, so that the task ends with the gate.
-pub(crate) struct Prober<S, P>
+pub(in super::super) struct Prober<S, P>
 where
     P: Probe<S>,
     S: Clone + Send + 'static,
 {
-    pub(crate) gate: Weak<Gate>,
-    pub(crate) service: S,
-    pub(crate) probe: P,
+    pub(in super::super) gate: Weak<Gate>,
+    pub(in super::super) service: S,
+    pub(in super::super) probe: P,
 }
 
 impl<S, P> Prober<S, P>
@@ -28,28 +28,28 @@ where
     P: Probe<S>,
     S: Clone + Send + 'static,
 {
-    pub(crate) fn starter(self) -> Starter {
-        Box::new(move |runtime| runtime.spawn(Running(self).run()).abort_handle())
+    pub(in super::super) fn starter(self) -> Starter {
+        Box::new(move |runtime| runtime.spawn(RunningProber(self).run()).abort_handle())
     }
 
     /// Sends one probe. A panic of user code is a failed probe.
     fn probe_once(
         &self,
         deadline: Instant,
-    ) -> impl Future<Output = Result<(), Failed>> + Send + use<S, P> {
+    ) -> impl Future<Output = Result<(), FailedProbe>> + Send + use<S, P> {
         // Each probe uses its own clone, so that a cancelled probe leaves no reservation in the service.
-        let attempt = Caught::new(|| self.probe.clone().run(self.service.clone(), deadline));
-        async move { attempt.await.unwrap_or(Err(ProbeFailure::Panicked.into())) }
+        let run = CatchPanic::new(|| self.probe.clone().run(self.service.clone(), deadline));
+        async move { run.await.unwrap_or(Err(ProbeFailure::Panicked.into())) }
     }
 }
 
 /// A prober that runs on a runtime.
-struct Running<S, P>(Prober<S, P>)
+struct RunningProber<S, P>(Prober<S, P>)
 where
     P: Probe<S>,
     S: Clone + Send + 'static;
 
-impl<S, P> Running<S, P>
+impl<S, P> RunningProber<S, P>
 where
     P: Probe<S>,
     S: Clone + Send + 'static,
@@ -75,14 +75,14 @@ where
             }
             let took = Instant::now().saturating_duration_since(began);
             let Some(gate) = self.0.gate.upgrade() else { return };
-            let wait = gate.probe_ended(result, took);
+            let delay = gate.record(result, took);
             drop(gate);
-            sleep(wait).await;
+            sleep(delay).await;
         }
     }
 }
 
-impl<S, P> Drop for Running<S, P>
+impl<S, P> Drop for RunningProber<S, P>
 where
     P: Probe<S>,
     S: Clone + Send + 'static,
