@@ -184,7 +184,7 @@ impl LifecycleState {
     /// Waits until no call is in flight.
     ///
     /// Polls the count every 10 ms, so that the end of a call does not have to notify a waiter.
-    pub(super) async fn emptied(&self) {
+    pub(super) async fn wait_until_empty(&self) {
         while self.in_flight() > 0 {
             sleep(Duration::from_millis(10)).await;
         }
