@@ -13,11 +13,9 @@
 
 use std::fmt;
 
-#[cfg(feature = "limit")]
-use crate::outcome::Eos;
 use crate::{
-    outcome::{HealthCall, Outcome, Reason, Rejected, SentMark, grpc, http as rule},
-    permit::{Giver, Permit, ReleaseAt, TrackedBody},
+    outcome::{Eos, HealthCall, Outcome, Reason, Rejected, SentMark, grpc, http as rule},
+    permit::{StateRef, Permit, ReleaseAt, TrackedBody},
     time::Deadline,
 };
 use http::{HeaderMap, Request, Response, StatusCode};
@@ -69,7 +67,11 @@ pub trait Classifier<Req, Res, E>: Clone + Send + Sync + 'static {
 
     /// Records what the classification needs of the request, just before the inner service is called. A protocol may
     /// call `permit` to lend the permit of the admission to the handler, through the extensions of the request.
-    fn begin<G: Giver>(&self, request: &mut Req, permit: impl FnOnce() -> Permit<G>) -> Self::Call;
+    fn begin<G: StateRef>(
+        &self,
+        request: &mut Req,
+        permit: impl FnOnce() -> Permit<G>,
+    ) -> Self::Call;
 
     /// Returns the call permit, which measures the call if the protocol has lent the permit of the admission to the
     /// handler.
@@ -85,7 +87,7 @@ pub trait Classifier<Req, Res, E>: Clone + Send + Sync + 'static {
     /// Classifies a response or an error. Releases the permit, or moves it into the response body.
     ///
     /// All three are passed by reference: a value that is moved after it was inspected is copied each time.
-    fn judge<G: Giver>(
+    fn judge<G: StateRef>(
         call: Self::Call,
         result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
@@ -190,7 +192,7 @@ where
     }
 
     #[inline]
-    fn begin<G: Giver>(
+    fn begin<G: StateRef>(
         &self,
         request: &mut Request<ReqB>,
         _: impl FnOnce() -> Permit<G>,
@@ -204,14 +206,14 @@ where
     }
 
     #[inline]
-    fn judge<G: Giver>(
+    fn judge<G: StateRef>(
         call: HttpCall,
         result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
     ) {
         match result {
             Ok(response) => follow(call.of_head(response), response, permit),
-            Err(error) => permit.end(rule::of_any_error(error)),
+            Err(error) => permit.release_mut(rule::of_any_error(error)),
         }
     }
 }
@@ -227,13 +229,13 @@ impl<ReqB, E> Classifier<Request<ReqB>, Never, E> for Http {
     type Response = Never;
     type Call = ();
 
-    fn begin<G: Giver>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) {}
+    fn begin<G: StateRef>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) {}
 
     fn wrap(response: Never) -> Never {
         response
     }
 
-    fn judge<G: Giver>((): (), _: Result<&mut Never, &E>, _: &mut Permit<G>) {}
+    fn judge<G: StateRef>((): (), _: Result<&mut Never, &E>, _: &mut Permit<G>) {}
 }
 
 /// [`Http`] with a closure that classifies the response head. The response body is tracked as with [`Http`].
@@ -263,7 +265,7 @@ where
         grpc::health_call(request)
     }
 
-    fn begin<G: Giver>(
+    fn begin<G: StateRef>(
         &self,
         request: &mut Request<ReqB>,
         _: impl FnOnce() -> Permit<G>,
@@ -275,7 +277,7 @@ where
         response.map(TrackedBody::untracked)
     }
 
-    fn judge<G: Giver>(
+    fn judge<G: StateRef>(
         (call, classify): (HttpCall, C),
         result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
@@ -295,26 +297,26 @@ where
                 };
                 follow(eos, response, permit);
             }
-            Err(error) => permit.end(rule::of_any_error(error)),
+            Err(error) => permit.release_mut(rule::of_any_error(error)),
         }
     }
 }
 
 /// Moves the permit into the body, or releases it here if the head decides.
 #[inline]
-fn follow<B: Body, G: Giver>(
+fn follow<B: Body, G: StateRef>(
     mut eos: Eos,
     response: &mut Response<TrackedBody<B>>,
     permit: &mut Permit<G>,
 ) {
     let certain = matches!(&eos, Eos::Plain(outcome) if !outcome.is_success());
-    let so_far = permit.head(eos.so_far(), certain);
+    let so_far = permit.record_head(eos.so_far(), certain);
     if certain {
         eos = Eos::Plain(so_far);
     }
-    match permit.hold() {
-        ReleaseAt::Head => permit.end(eos.begun()),
-        ReleaseAt::Verdict if certain => permit.end(so_far),
+    match permit.release_at() {
+        ReleaseAt::Head => permit.release_mut(eos.begun()),
+        ReleaseAt::Verdict if certain => permit.release_mut(so_far),
         ReleaseAt::Verdict | ReleaseAt::Body => {
             response.body_mut().track(permit.take().erase(), eos)
         }
@@ -335,7 +337,7 @@ where
     type Call = C;
 
     #[inline]
-    fn begin<G: Giver>(&self, _: &mut Req, _: impl FnOnce() -> Permit<G>) -> C {
+    fn begin<G: StateRef>(&self, _: &mut Req, _: impl FnOnce() -> Permit<G>) -> C {
         self.0.clone()
     }
 
@@ -345,8 +347,8 @@ where
     }
 
     #[inline]
-    fn judge<G: Giver>(classify: C, result: Result<&mut Res, &E>, permit: &mut Permit<G>) {
-        permit.end(classify(result.map(|response| &*response)));
+    fn judge<G: StateRef>(classify: C, result: Result<&mut Res, &E>, permit: &mut Permit<G>) {
+        permit.release_mut(classify(result.map(|response| &*response)));
     }
 }
 
@@ -360,7 +362,7 @@ impl<Req, Res, E: 'static> Classifier<Req, Res, E> for PerResponse {
     type Call = ();
 
     #[inline]
-    fn begin<G: Giver>(&self, _: &mut Req, _: impl FnOnce() -> Permit<G>) {}
+    fn begin<G: StateRef>(&self, _: &mut Req, _: impl FnOnce() -> Permit<G>) {}
 
     #[inline]
     fn wrap(response: Res) -> Res {
@@ -368,8 +370,8 @@ impl<Req, Res, E: 'static> Classifier<Req, Res, E> for PerResponse {
     }
 
     #[inline]
-    fn judge<G: Giver>((): (), result: Result<&mut Res, &E>, permit: &mut Permit<G>) {
-        permit.end(match result {
+    fn judge<G: StateRef>((): (), result: Result<&mut Res, &E>, permit: &mut Permit<G>) {
+        permit.release_mut(match result {
             Ok(_) => Outcome::success(),
             Err(error) => rule::of_any_error(error),
         });
@@ -408,7 +410,7 @@ where
         grpc::health_call(request)
     }
 
-    fn begin<G: Giver>(
+    fn begin<G: StateRef>(
         &self,
         request: &mut Request<ReqB>,
         _: impl FnOnce() -> Permit<G>,
@@ -420,7 +422,7 @@ where
         response.map(TrackedBody::untracked)
     }
 
-    fn judge<G: Giver>(
+    fn judge<G: StateRef>(
         call: M::Classifier,
         result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
@@ -450,7 +452,7 @@ where
                 // The classifier's result for an error does not distinguish a rejection by an inner layer from a
                 // failure.
                 let _ = call.classify_error(error);
-                permit.end(rule::of_any_error(error));
+                permit.release_mut(rule::of_any_error(error));
             }
         }
     }

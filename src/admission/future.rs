@@ -16,7 +16,7 @@ use crate::outcome::HealthCall;
 use crate::{
     classify::{Classifier, Protocol},
     outcome::{CallerDeadline, Rejected, SentMark, WaitsFor},
-    permit::{Giver, Permit},
+    permit::{Permit, StateRef},
     respond::{Reject, ResponseFormat},
     time::{Deadline, poll_timer},
 };
@@ -40,7 +40,7 @@ pin_project! {
         fn drop(this: Pin<&mut Self>) {
             // Before the inner future is dropped, because the drop of the request body changes the mark.
             if let CallStateProj::Called { permit, mark, .. } = this.project().state.project() {
-                if permit.giver().is_some() {
+                if permit.state().is_some() {
                     set_clock(permit, mark);
                 } else if let Some(mark) = mark.take() {
                     // The call permit reads the mark after that drop.
@@ -61,7 +61,7 @@ pin_project! {
         Called {
             #[pin]
             future: F,
-            permit: Permit<P::Giver>,
+            permit: Permit<P::StateRef>,
             call: Option<C>,
             // Sets the permit's clock at the end of the call.
             mark: Option<SentMark>,
@@ -75,7 +75,7 @@ impl<S, Req, F, C, P: Policy<Req>, M> CallState<S, Req, F, C, P, M> {
     #[inline]
     pub(super) fn called(
         future: F,
-        permit: Permit<P::Giver>,
+        permit: Permit<P::StateRef>,
         call: C,
         mark: Option<SentMark>,
     ) -> Self {
@@ -204,7 +204,7 @@ pub(super) fn measured(mark: Option<SentMark>) -> Option<SentMark> {
 }
 
 #[inline]
-fn set_clock<G: Giver>(permit: &mut Permit<G>, mark: &mut Option<SentMark>) {
+fn set_clock<G: StateRef>(permit: &mut Permit<G>, mark: &mut Option<SentMark>) {
     if let Some(mark) = mark.take() {
         permit.set_clock(&mark);
     }
@@ -262,7 +262,7 @@ impl<Req, M: Classifier<Req, Res, E>, Res, E> Terms for RequestTerms<'_, Req, M,
 // ===== A call that waits for its permit or for the inner service =====
 
 /// Marks the call of a permit as waiting inside the client: the upstream does not have the request yet.
-fn queued<G: Giver>(mut permit: Permit<G>) -> Permit<G> {
+fn queued<G: StateRef>(mut permit: Permit<G>) -> Permit<G> {
     permit.pending(WaitsFor::Client);
     permit
 }
@@ -277,7 +277,7 @@ pin_project! {
         P: Policy<Req>,
     {
         wait: Option<Pin<Box<P::Wait>>>,
-        permit: Option<Permit<P::Giver>>,
+        permit: Option<Permit<P::StateRef>>,
         request: Option<Req>,
         service: S,
         policy: P,
@@ -306,7 +306,7 @@ type CallStep<S, Req, P, M> = Result<Called<S, Req, P, M>, StepEnd<<S as Service
 
 type Called<S, Req, P, M> = (
     <S as Service<Req>>::Future,
-    Permit<<P as Policy<Req>>::Giver>,
+    Permit<<P as Policy<Req>>::StateRef>,
     <M as Classifier<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Call,
     Option<SentMark>,
 );
@@ -325,7 +325,7 @@ impl<S, Req, P: Policy<Req>, M> QueuedCall<S, Req, P, M> {
         }
     }
 
-    pub(super) fn with_permit(mut self, permit: Permit<P::Giver>) -> Self {
+    pub(super) fn with_permit(mut self, permit: Permit<P::StateRef>) -> Self {
         self.permit = Some(queued(permit));
         self
     }

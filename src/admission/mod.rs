@@ -30,7 +30,7 @@ pub(crate) use self::{
 use crate::outcome::HealthCall;
 use crate::{
     outcome::{LayerKind, Rejected, RejectedKind, SentMark},
-    permit::{Giver, Permit},
+    permit::{Permit, StateRef},
     time::Deadline,
 };
 
@@ -62,13 +62,13 @@ pub trait Terms {
 /// Decides whether calls are made.
 pub trait Policy<Req>: Clone + Send + Sync + 'static {
     /// The state that records the end of a call.
-    type Giver: Giver;
+    type StateRef: StateRef;
     /// The record of an admission, from which [`permit`](Self::permit) makes the permit. It must be small, because it
     /// stays in registers until the inner service has been called. A permit would be written to memory and read again
     /// at once, which takes as long as the rest of the admission.
     type Pass;
     /// The wait for a permit. [`std::future::Ready`] for policies without a queue.
-    type Wait: Future<Output = Result<Permit<Self::Giver>, Rejected>> + Send;
+    type Wait: Future<Output = Result<Permit<Self::StateRef>, Rejected>> + Send;
 
     /// The layer that rejections name.
     const LAYER: LayerKind;
@@ -86,10 +86,10 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
     }
 
     /// Returns the permit of an admitted call.
-    fn permit(&self, pass: Self::Pass) -> Permit<Self::Giver>;
+    fn permit(&self, pass: Self::Pass) -> Permit<Self::StateRef>;
 
     /// Returns whether a permit, whose inner call has not begun, is no longer valid.
-    fn is_stale(&self, permit: &Permit<Self::Giver>) -> bool {
+    fn is_stale(&self, permit: &Permit<Self::StateRef>) -> bool {
         let _ = permit;
         false
     }
@@ -103,7 +103,7 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
 
     /// Returns the notification for callers that wait for the inner service. It wakes them when [`peek`](Self::peek)
     /// becomes false, or when their permit becomes [stale](Self::is_stale). `None`: neither happens.
-    fn closed_signal(&self, permit: Option<&Permit<Self::Giver>>) -> Option<Arc<Notify>> {
+    fn closed_signal(&self, permit: Option<&Permit<Self::StateRef>>) -> Option<Arc<Notify>> {
         let _ = permit;
         None
     }

@@ -220,10 +220,10 @@ impl<'a, Req, P: Policy<Req>> CallGuard<'a, Req, P> {
 
     /// Returns the permit, or a spent one if it has been returned already.
     #[inline]
-    fn permit(&mut self) -> Permit<P::Giver> {
+    fn permit(&mut self) -> Permit<P::StateRef> {
         match self.pass.take() {
             Some(pass) => self.policy.permit(pass),
-            None => Permit::hollow(),
+            None => Permit::spent(),
         }
     }
 }
@@ -240,7 +240,7 @@ impl<Req, P: Policy<Req>> Drop for CallGuard<'_, Req, P> {
 #[cold]
 #[inline(never)]
 fn dropped<Req, P: Policy<Req>>(policy: &P, pass: P::Pass, outcome: Outcome) {
-    policy.permit(pass).finish(outcome);
+    policy.permit(pass).release(outcome);
 }
 
 impl<S: Clone, P: Clone, M: Clone, R> Admission<S, P, M, R> {

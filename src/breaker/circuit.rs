@@ -596,22 +596,22 @@ fn ticket(token: Token) -> Ticket {
 
 impl Release for Circuit {
     #[inline]
-    fn head(&self, token: &mut Token, so_far: Outcome) {
+    fn record_head(&self, token: &mut Token, so_far: Outcome) {
         if self.cell.measures() || is_probe(*token) {
             self.head_measured(token, so_far);
         }
     }
 
     #[inline]
-    fn finish(&self, token: Token, outcome: Outcome) {
+    fn release(&self, token: Token, outcome: Outcome) {
         let good = outcome.is_success() && !self.cell.measures();
         if !(good && self.cell.count_good(token.tag, || self.now())) {
-            self.finish_slowly(token, outcome);
+            self.release_by_machine(token, outcome);
         }
     }
 
     #[inline]
-    fn hold(&self) -> ReleaseAt {
+    fn release_at(&self) -> ReleaseAt {
         ReleaseAt::Verdict
     }
 
@@ -655,7 +655,7 @@ impl Circuit {
     }
 
     #[inline(never)]
-    fn finish_slowly(&self, token: Token, outcome: Outcome) {
+    fn release_by_machine(&self, token: Token, outcome: Outcome) {
         self.update_unsent_probes();
         // The clock is read at most once, and not at all if neither a rule nor the machine needs the time.
         let mut read = None;
@@ -694,14 +694,14 @@ impl SlotOwner for Circuit {
 /// The owner of the permits of calls that the word admits and releases: see [`published`](super::published).
 impl Release for Slot<Circuit> {
     #[inline]
-    fn finish(&self, token: Token, outcome: Outcome) {
+    fn release(&self, token: Token, outcome: Outcome) {
         if !(self.word().ignores_success() && outcome.is_success()) {
-            finish_by_circuit(self, token, outcome);
+            release_by_circuit(self, token, outcome);
         }
     }
 
     #[inline]
-    fn hold(&self) -> ReleaseAt {
+    fn release_at(&self) -> ReleaseAt {
         ReleaseAt::Verdict
     }
 
@@ -719,10 +719,10 @@ impl Release for Slot<Circuit> {
 
 #[cold]
 #[inline(never)]
-fn finish_by_circuit(slot: &Slot<Circuit>, token: Token, outcome: Outcome) {
+fn release_by_circuit(slot: &Slot<Circuit>, token: Token, outcome: Outcome) {
     // An equal generation means that the registered circuit is the one that issued this token.
     if let Some(circuit) = slot.owner_if(|word| word.load().generation() == token.tag) {
-        circuit.finish(token, outcome);
+        circuit.release(token, outcome);
     }
 }
 

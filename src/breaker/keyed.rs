@@ -17,7 +17,7 @@ use super::{
     circuit::Circuit,
     handle::CircuitBreakerHandle,
     key_map::{Evict, KeyMap, Reservation},
-    policy::{self, Breaker, Calls, Giver, VerdictWait},
+    policy::{self, Breaker, Calls, CircuitRef, VerdictWait},
 };
 use crate::{
     admission::{Admit, Plan, Policy, Terms, admission_layer},
@@ -25,7 +25,7 @@ use crate::{
     event::{RepeatedEvent, event},
     origin::Origin,
     outcome::{LayerKind, Rejected},
-    permit::{Anchor, Permit, ShardedRef, Token},
+    permit::{Permit, ShardOrSlot, ShardedRef, Token},
     time::{CallClock, Nanos},
 };
 
@@ -289,7 +289,7 @@ where
     F: KeyExtractor<Req, Key = Q>,
     Q: Clone + Eq + Hash + Send + Sync + 'static,
 {
-    type Giver = Giver;
+    type StateRef = CircuitRef;
     /// `None`: the call is made without a circuit.
     type Pass = Option<(ShardedRef<Circuit>, Token)>;
     type Wait = VerdictWait<ShardedRef<Circuit>>;
@@ -323,14 +323,14 @@ where
         }
     }
 
-    fn permit(&self, pass: Self::Pass) -> Permit<Giver> {
+    fn permit(&self, pass: Self::Pass) -> Permit<CircuitRef> {
         match pass {
-            Some((circuit, token)) => Permit::new(Anchor::Counted(circuit), token),
-            None => Permit::hollow(),
+            Some((circuit, token)) => Permit::new(ShardOrSlot::Shard(circuit), token),
+            None => Permit::spent(),
         }
     }
 
-    fn is_stale(&self, permit: &Permit<Giver>) -> bool {
+    fn is_stale(&self, permit: &Permit<CircuitRef>) -> bool {
         policy::is_stale(permit)
     }
 
@@ -342,18 +342,18 @@ where
     }
 
     /// The circuit is known once the call has a permit.
-    fn closed_signal(&self, permit: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
-        match permit?.giver()? {
-            Anchor::Counted(circuit) => Some(circuit.changed().clone()),
-            Anchor::Lasting(_) => None,
+    fn closed_signal(&self, permit: Option<&Permit<CircuitRef>>) -> Option<Arc<Notify>> {
+        match permit?.state()? {
+            ShardOrSlot::Shard(circuit) => Some(circuit.changed().clone()),
+            ShardOrSlot::Slot(_) => None,
         }
     }
 }
 
 /// The permit keeps the circuit in use, so that it is not evicted.
 impl Calls for ShardedRef<Circuit> {
-    fn permit(&self, token: Token) -> Permit<Giver> {
-        Permit::new(Anchor::Counted(self.clone()), token)
+    fn permit(&self, token: Token) -> Permit<CircuitRef> {
+        Permit::new(ShardOrSlot::Shard(self.clone()), token)
     }
 }
 

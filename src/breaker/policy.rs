@@ -23,17 +23,17 @@ use super::{
 use crate::{
     admission::{Admit, Policy, Terms},
     outcome::{LayerKind, Rejected, SentMark},
-    permit::{Anchor, Permit, ShardedArc, Slot, Token},
+    permit::{Permit, ShardOrSlot, ShardedArc, Slot, Token},
     time::{CallClock, has_passed},
 };
 
 /// The state that records the end of a call: the circuit, or its slot.
-pub(super) type Giver = Anchor<Circuit, Slot<Circuit>>;
+pub(super) type CircuitRef = ShardOrSlot<Circuit, Slot<Circuit>>;
 
 /// A reference to a circuit from which permits are made.
 pub trait Calls: Deref<Target = Circuit> + Clone + Send + Sync + 'static {
     /// Returns the permit of a call that the circuit has admitted.
-    fn permit(&self, token: Token) -> Permit<Giver>;
+    fn permit(&self, token: Token) -> Permit<CircuitRef>;
 }
 
 // ===== The circuit of a layer =====
@@ -60,14 +60,14 @@ impl Breaker {
 
 impl Calls for Breaker {
     #[inline]
-    fn permit(&self, token: Token) -> Permit<Giver> {
+    fn permit(&self, token: Token) -> Permit<CircuitRef> {
         // A call that holds the slot holds no counted reference. If its outcome changes the machine, the slot has to look
         // up the circuit under a lock. So only calls of circuits in which a success changes nothing hold the slot.
         let holds_slot = self.slot.word().ignores_success() && !is_probe(token);
         let anchor = if holds_slot {
-            Anchor::Lasting(self.slot)
+            ShardOrSlot::Slot(self.slot)
         } else {
-            Anchor::Counted(self.circuit.lease())
+            ShardOrSlot::Shard(self.circuit.lease())
         };
         Permit::new(anchor, token)
     }
@@ -88,7 +88,7 @@ impl fmt::Debug for Breaker {
 }
 
 impl<Req> Policy<Req> for Breaker {
-    type Giver = Giver;
+    type StateRef = CircuitRef;
     type Pass = Token;
     type Wait = VerdictWait<Self>;
 
@@ -114,11 +114,11 @@ impl<Req> Policy<Req> for Breaker {
     }
 
     #[inline]
-    fn permit(&self, token: Token) -> Permit<Giver> {
+    fn permit(&self, token: Token) -> Permit<CircuitRef> {
         Calls::permit(self, token)
     }
 
-    fn is_stale(&self, permit: &Permit<Giver>) -> bool {
+    fn is_stale(&self, permit: &Permit<CircuitRef>) -> bool {
         is_stale(permit)
     }
 
@@ -126,7 +126,7 @@ impl<Req> Policy<Req> for Breaker {
         reject_late(self)
     }
 
-    fn closed_signal(&self, _: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
+    fn closed_signal(&self, _: Option<&Permit<CircuitRef>>) -> Option<Arc<Notify>> {
         Some(self.changed().clone())
     }
 
@@ -147,10 +147,10 @@ fn changes_at(circuit: &Circuit) -> Option<Instant> {
     Instant::now().checked_add(circuit.lasts()?)
 }
 
-pub(super) fn is_stale(permit: &Permit<Giver>) -> bool {
-    permit.giver().is_some_and(|giver| match giver {
-        Anchor::Counted(circuit) => circuit.is_late(permit.token()),
-        Anchor::Lasting(slot) => is_late(slot.word(), permit.token()),
+pub(super) fn is_stale(permit: &Permit<CircuitRef>) -> bool {
+    permit.state().is_some_and(|state| match state {
+        ShardOrSlot::Shard(circuit) => circuit.is_late(permit.token()),
+        ShardOrSlot::Slot(slot) => is_late(slot.word(), permit.token()),
     })
 }
 
@@ -235,7 +235,7 @@ impl<C: Calls> VerdictWait<C> {
 }
 
 impl<C: Calls> Future for VerdictWait<C> {
-    type Output = Result<Permit<Giver>, Rejected>;
+    type Output = Result<Permit<CircuitRef>, Rejected>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();

@@ -31,7 +31,7 @@ mod unit_tests {
         policy::{Breaker, Calls},
     };
     use super::*;
-    use crate::permit::Anchor;
+    use crate::permit::ShardOrSlot;
 
     #[test]
     fn late_call_does_not_change_the_next_circuit_of_its_slot() {
@@ -42,7 +42,7 @@ mod unit_tests {
                 .map(|late| (first.enter(|| None).expect("closed"), late));
             drop(first);
             for (token, late) in tokens {
-                slot.finish(token, late);
+                slot.release(token, late);
             }
             // Another test may have taken the slot.
             if !take(slot) {
@@ -52,12 +52,12 @@ mod unit_tests {
             let own = second.enter(|| None).expect("closed");
             for (token, late) in tokens {
                 assert_ne!(token.tag, own.tag);
-                slot.finish(token, late);
+                slot.release(token, late);
             }
             assert_eq!(second.state().0, CircuitState::Closed);
             let seen = second.look(|machine, times, now| machine.seen(now, times));
             assert_eq!(seen, CallStats::default());
-            slot.finish(own, Outcome::failure());
+            slot.release(own, Outcome::failure());
             assert_eq!(second.state().0, CircuitState::Open, "its own calls count");
             return;
         }
@@ -69,13 +69,13 @@ mod unit_tests {
     fn call_holds_the_slot_only_while_a_success_changes_nothing() {
         fn holds_slot(breaker: &Breaker) -> bool {
             let permit = breaker.permit(breaker.enter(|| None).expect("closed"));
-            matches!(permit.giver(), Some(Anchor::Lasting(_)))
+            matches!(permit.state(), Some(ShardOrSlot::Slot(_)))
         }
         let breaker =
             Breaker::new(Trip::failure_ratio(0.5).over(2).min_calls(1), CircuitSettings::DEFAULT);
         for is_clean in [false, false, true, true] {
             assert_eq!(holds_slot(&breaker), is_clean);
-            breaker.permit(breaker.enter(|| None).expect("closed")).finish(Outcome::success());
+            breaker.permit(breaker.enter(|| None).expect("closed")).release(Outcome::success());
         }
         breaker
             .act(|machine, at| Some(machine.force(CircuitState::ForcedClosed, at.now, at.times)));
@@ -90,7 +90,7 @@ mod unit_tests {
         let token = first.enter(|| None).expect("closed");
         drop(first);
         assert!(circuit.upgrade().is_none());
-        slot.finish(token, Outcome::failure());
+        slot.release(token, Outcome::failure());
     }
 }
 
@@ -107,7 +107,7 @@ mod loom_models {
             let slot = Slot::allocate();
             let first = circuit(slot);
             let token = first.enter(|| None).expect("closed");
-            let late = thread::spawn(move || slot.finish(token, Outcome::failure()));
+            let late = thread::spawn(move || slot.release(token, Outcome::failure()));
             drop(first);
             if take(slot) {
                 meanwhile(circuit(slot));
@@ -122,7 +122,7 @@ mod loom_models {
         late_call(|second| {
             let own = second.enter(|| None).expect("closed");
             assert_eq!(second.state().0, CircuitState::Closed);
-            second.slot().finish(own, Outcome::failure());
+            second.slot().release(own, Outcome::failure());
             assert_eq!(second.state().0, CircuitState::Open);
         });
     }
@@ -147,7 +147,7 @@ mod loom_models {
             let slot = Slot::allocate();
             let circuit = circuit(slot);
             let token = circuit.enter(|| None).expect("closed");
-            let ends = thread::spawn(move || slot.finish(token, Outcome::failure()));
+            let ends = thread::spawn(move || slot.release(token, Outcome::failure()));
             let handle = circuit.clone();
             drop(circuit);
             let seen = handle.state().0;

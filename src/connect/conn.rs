@@ -443,7 +443,7 @@ impl Conn {
 }
 
 impl Release for Conn {
-    fn finish(&self, token: Token, _: Outcome) {
+    fn release(&self, token: Token, _: Outcome) {
         self.end();
         // Release the permits after `end`, so that the next call finds this connection idle.
         match token.tag {
@@ -456,7 +456,7 @@ impl Release for Conn {
         }
     }
 
-    fn hold(&self) -> ReleaseAt {
+    fn release_at(&self) -> ReleaseAt {
         ReleaseAt::Body
     }
 }

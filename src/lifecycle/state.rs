@@ -336,7 +336,7 @@ impl ShardedRef<LifecycleState> {
 pub struct DrainPolicy(pub(super) ShardedArc<LifecycleState>);
 
 impl<Req> Policy<Req> for DrainPolicy {
-    type Giver = ShardedRef<LifecycleState>;
+    type StateRef = ShardedRef<LifecycleState>;
     type Pass = Permit<ShardedRef<LifecycleState>>;
     type Wait = Ready<Result<Permit<ShardedRef<LifecycleState>>, Rejected>>;
 
@@ -380,11 +380,11 @@ impl<Req> Policy<Req> for DrainPolicy {
 }
 
 impl Release for LifecycleState {
-    fn finish(&self, _: Token, _: Outcome) {
+    fn release(&self, _: Token, _: Outcome) {
         self.gate.release();
     }
 
-    fn hold(&self) -> ReleaseAt {
+    fn release_at(&self) -> ReleaseAt {
         ReleaseAt::Body
     }
 }

@@ -14,12 +14,12 @@ use super::{
 use crate::{
     admission::{Admit, Policy, Terms},
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
-    permit::{Anchor, Measures, Permit, Release, ReleaseAt, Token},
+    permit::{Measures, Permit, Release, ReleaseAt, ShardOrSlot, Token},
     time::CallClock,
 };
 
 impl<Req> Policy<Req> for Limit {
-    type Giver = Anchor<Limiter>;
+    type StateRef = ShardOrSlot<Limiter>;
     type Pass = Token;
     type Wait = Wait;
 
@@ -51,7 +51,7 @@ impl<Req> Policy<Req> for Limit {
     }
 
     #[inline]
-    fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
+    fn permit(&self, token: Token) -> Permit<ShardOrSlot<Limiter>> {
         Limit::permit(self, token)
     }
 
@@ -61,7 +61,7 @@ impl<Req> Policy<Req> for Limit {
 }
 
 impl<Req, K: ClassifyCall<Req>> Policy<Req> for PartitionedPolicy<K> {
-    type Giver = Anchor<Limiter>;
+    type StateRef = ShardOrSlot<Limiter>;
     type Pass = Token;
     type Wait = Wait;
 
@@ -88,7 +88,7 @@ impl<Req, K: ClassifyCall<Req>> Policy<Req> for PartitionedPolicy<K> {
         self.limiter.adaptive().is_some()
     }
 
-    fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
+    fn permit(&self, token: Token) -> Permit<ShardOrSlot<Limiter>> {
         self.limiter.permit(token)
     }
 
@@ -128,7 +128,7 @@ fn entered(
 
 impl Release for Limiter {
     #[inline]
-    fn finish(&self, token: Token, outcome: Outcome) {
+    fn release(&self, token: Token, outcome: Outcome) {
         if let Some(token) = self.unwatch(token) {
             self.end(token);
             self.heard_end(token, outcome);
@@ -136,12 +136,12 @@ impl Release for Limiter {
     }
 
     #[inline]
-    fn head(&self, token: &mut Token, so_far: Outcome) {
+    fn record_head(&self, token: &mut Token, so_far: Outcome) {
         self.heard_head(token, so_far);
     }
 
     #[inline]
-    fn hold(&self) -> ReleaseAt {
+    fn release_at(&self) -> ReleaseAt {
         if self.releases_at_head() { ReleaseAt::Head } else { ReleaseAt::Body }
     }
 

@@ -28,7 +28,7 @@ use super::{adaptive::Teller, limiter::Limiter};
 use crate::{
     fault::LayerName,
     outcome::{Rejected, RejectedKind},
-    permit::{Anchor, Idle, Permit, ShardedArc, Token},
+    permit::{ShardOrSlot, Idle, Permit, ShardedArc, Token},
 };
 
 /// A reference to a limit, held by its layers, services, handles and waiting calls.
@@ -91,10 +91,10 @@ impl Limit {
 
     /// Returns the permit of an admitted call.
     #[inline]
-    pub(super) fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
+    pub(super) fn permit(&self, token: Token) -> Permit<ShardOrSlot<Limiter>> {
         let anchor = match &self.limiter {
-            Way::Sharded(limiter) => Anchor::Counted(limiter.lease()),
-            Way::Lasting(limiter) => Anchor::Lasting(*limiter),
+            Way::Sharded(limiter) => ShardOrSlot::Shard(limiter.lease()),
+            Way::Lasting(limiter) => ShardOrSlot::Slot(*limiter),
         };
         Permit::new(anchor, token)
     }

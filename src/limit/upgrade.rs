@@ -10,7 +10,7 @@ use super::limiter::Limiter;
 use crate::{
     classify::Classifier,
     outcome::{CallerDeadline, HealthCall, Outcome, SentMark, UpstreamClock, WaitsFor},
-    permit::{Anchor, Giver, Measures, Permit, Release, ReleaseAt, Token},
+    permit::{Measures, Permit, Release, ReleaseAt, ShardOrSlot, StateRef, Token},
     time::Deadline,
 };
 use http::Request;
@@ -61,11 +61,11 @@ pub struct OwnedPermit {
 
 enum Of {
     Call(Arc<UpgradeSlot>),
-    Nobody(Permit<Anchor<Limiter>>),
+    Nobody(Permit<ShardOrSlot<Limiter>>),
 }
 
 impl OwnedPermit {
-    pub(super) fn own(permit: Permit<Anchor<Limiter>>) -> Self {
+    pub(super) fn own(permit: Permit<ShardOrSlot<Limiter>>) -> Self {
         Self { of: Of::Nobody(permit), _outer: None }
     }
 }
@@ -75,7 +75,7 @@ impl Drop for OwnedPermit {
         match &mut self.of {
             // The time for which the handler holds the permit is not attributed to the upstream.
             Of::Call(slot) => slot.leave(Holder::Call, Outcome::cancelled(), UpstreamClock::OFF),
-            Of::Nobody(permit) => permit.end(Outcome::cancelled()),
+            Of::Nobody(permit) => permit.release_mut(Outcome::cancelled()),
         }
     }
 }
@@ -146,16 +146,16 @@ impl UpgradeSlot {
         // The release wakes queued callers, which must happen without the lock.
         drop(state);
         permit.replace_clock(clock);
-        permit.finish(outcome);
+        permit.release(outcome);
     }
 }
 
 impl Release for UpgradeSlot {
-    fn finish(&self, token: Token, outcome: Outcome) {
+    fn release(&self, token: Token, outcome: Outcome) {
         self.leave(Holder::Handler, outcome, token.clock);
     }
 
-    fn head(&self, token: &mut Token, so_far: Outcome) {
+    fn record_head(&self, token: &mut Token, so_far: Outcome) {
         // `Permit::head` runs user code: algorithms, wakers and subscribers. So the permit is taken out of the slot
         // first, and `LentPermit` puts it back. Before the end of the call only the call itself can release the permit,
         // and the call is in this function, so no other code misses the permit meanwhile.
@@ -163,31 +163,31 @@ impl Release for UpgradeSlot {
         let mut lent = LentPermit { slot: self, permit };
         lent.permit.replace_clock(token.clock);
         // The call permit has already attributed the outcome, if it is certain.
-        lent.permit.head(so_far, false);
+        lent.permit.record_head(so_far, false);
         token.clock = lent.permit.token().clock;
     }
 
-    fn hold(&self) -> ReleaseAt {
-        self.lock().permit.hold()
+    fn release_at(&self) -> ReleaseAt {
+        self.lock().permit.release_at()
     }
 
     fn measures(&self) -> Measures {
-        self.lock().permit.giver().map_or(Measures::Nothing, |giver| giver.measures())
+        self.lock().permit.state().map_or(Measures::Nothing, |state| state.measures())
     }
 
     fn count_cancelled_after(&self) -> Option<Duration> {
-        self.lock().permit.giver()?.count_cancelled_after()
+        self.lock().permit.state()?.count_cancelled_after()
     }
 
     fn follows_reader(&self, token: Token) -> bool {
         let permit = &self.lock().permit;
-        permit.giver().is_some_and(|giver| giver.follows_reader(Self::inner_token(permit, token)))
+        permit.state().is_some_and(|state| state.follows_reader(Self::inner_token(permit, token)))
     }
 
     fn waits_for(&self, token: Token, what: WaitsFor) {
         let permit = &self.lock().permit;
-        if let Some(giver) = permit.giver() {
-            giver.waits_for(Self::inner_token(permit, token), what);
+        if let Some(state) = permit.state() {
+            state.waits_for(Self::inner_token(permit, token), what);
         }
     }
 }
@@ -268,14 +268,14 @@ where
         self.0.health_call(request)
     }
 
-    fn begin<G: Giver>(
+    fn begin<G: StateRef>(
         &self,
         request: &mut Request<ReqB>,
         permit: impl FnOnce() -> Permit<G>,
     ) -> Lent<M::Call> {
         let deadline = CallerDeadline::of(self.deadline(request));
         // The slot takes the permit of the admission, so the inner protocol gets a spent one.
-        let call = self.0.begin(request, Permit::<G>::hollow);
+        let call = self.0.begin(request, Permit::<G>::spent);
         let mark = self.sent_mark(request);
         let permit = permit().observing(deadline, mark.is_some()).erase();
         let slot = Arc::new(UpgradeSlot {
@@ -296,7 +296,7 @@ where
         M::wrap(response)
     }
 
-    fn judge<G: Giver>(
+    fn judge<G: StateRef>(
         mut lent: Lent<M::Call>,
         result: Result<&mut M::Response, &E>,
         _taken_at_the_beginning: &mut Permit<G>,

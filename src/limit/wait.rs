@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     outcome::{Rejected, RejectedKind},
-    permit::{Anchor, Permit},
+    permit::{Permit, ShardOrSlot},
     time::has_passed,
 };
 
@@ -64,7 +64,7 @@ impl Drop for Seat {
 }
 
 impl Future for Wait {
-    type Output = Result<Permit<Anchor<Limiter>>, Rejected>;
+    type Output = Result<Permit<ShardOrSlot<Limiter>>, Rejected>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();

@@ -114,9 +114,9 @@ impl<B: Body> TrackedBody<B> {
     #[inline]
     pub(crate) fn track(&mut self, mut permit: Permit, mut eos: Eos) {
         if self.inner.is_end_stream() {
-            permit.end(eos.end(None));
+            permit.release_mut(eos.end(None));
         } else {
-            permit.end_dropped_as(eos.dropped());
+            permit.set_drop_outcome(eos.dropped());
             permit.watch_reader();
         }
         (self.permit, self.eos) = (permit, eos);
@@ -130,7 +130,7 @@ impl<B: Body> TrackedBody<B> {
 
     #[inline]
     fn told(inner: EitherBody<B>) -> Self {
-        Self { inner, permit: Permit::hollow(), eos: Eos::Told }
+        Self { inner, permit: Permit::spent(), eos: Eos::Told }
     }
 }
 
@@ -171,20 +171,20 @@ impl<B: Body> Body for TrackedBody<B> {
             Poll::Pending => None,
         };
         if this.permit.is_unread(length) {
-            this.permit.end(Outcome::cancelled());
+            this.permit.release_mut(Outcome::cancelled());
             *this.eos = Eos::Unread;
             return polled;
         }
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
                 if let Some(trailers) = frame.trailers_ref() {
-                    this.permit.end(this.eos.end(Some(trailers)));
+                    this.permit.release_mut(this.eos.end(Some(trailers)));
                 } else if this.inner.is_end_stream() {
-                    this.permit.end(this.eos.end(None));
+                    this.permit.release_mut(this.eos.end(None));
                 }
             }
-            Poll::Ready(Some(Err(_))) => this.permit.end(this.eos.error()),
-            Poll::Ready(None) => this.permit.end(this.eos.end(None)),
+            Poll::Ready(Some(Err(_))) => this.permit.release_mut(this.eos.error()),
+            Poll::Ready(None) => this.permit.release_mut(this.eos.end(None)),
             Poll::Pending => {}
         }
         polled

@@ -5,14 +5,14 @@
 //! 1. A state ([`Release`]: a circuit, a limit, a registry of calls) admits a call and issues a [`Permit`]. Its
 //!    [`Token`] records the admission: the generation of the state, and the clock that measures the upstream.
 //! 2. The permit is moved through the future of the call. [`Permit::pending`] records what the call waits for, and
-//!    [`Permit::head`] reports the response head to the state.
-//! 3. The permit ends at the time that [`Release::hold`] states. If that is the end of the response body, it is
+//!    [`Permit::record_head`] reports the response head to the state.
+//! 3. The permit ends at the time that [`Release::release_at`] states. If that is the end of the response body, it is
 //!    type-erased and moved into the [`TrackedBody`](super::body::TrackedBody).
-//! 4. [`Release::finish`] receives the token and the attributed outcome.
+//! 4. [`Release::release`] receives the token and the attributed outcome.
 //!
 //! # Invariants
 //!
-//! - `finish` is called exactly once per token. The owner of the state is an `Option` that the release takes, so a
+//! - [`Release::release`] is called exactly once per token. The owner of the state is an `Option` that the release takes, so a
 //!   second release and the destructor find `None`. Such a permit is *spent*.
 //! - The release happens in `Drop` if it has not happened before: also when the future is dropped before its first
 //!   poll, or while the thread unwinds.
@@ -24,7 +24,7 @@ use std::{fmt, mem, sync::Arc};
 
 use tokio::time::{Duration, Instant};
 
-use super::state_ref::{AnyGiver, Giver};
+use super::state_ref::{DynStateRef, StateRef};
 use crate::outcome::{
     CallerDeadline, Ending, Outcome, Reason, SentMark, UpstreamClock, WaitsFor, attribute,
     dropped as outcome_of_drop,
@@ -75,16 +75,16 @@ pub enum ReleaseAt {
 /// The trait is object-safe, so that the type of a response body does not depend on the layer.
 pub trait Release: Send + Sync + 'static {
     /// Releases the permit of this token and records the outcome of its call. Called exactly once for each token.
-    fn finish(&self, token: Token, outcome: Outcome);
+    fn release(&self, token: Token, outcome: Outcome);
 
     /// Records the response head. `so_far` is the outcome if the response body does not change it. The state may change
-    /// the token, which [`finish`](Self::finish) receives.
-    fn head(&self, token: &mut Token, so_far: Outcome) {
+    /// the token, which [`release`](Self::release) receives.
+    fn record_head(&self, token: &mut Token, so_far: Outcome) {
         let _ = (token, so_far);
     }
 
     /// Returns the time at which permits of this state are released.
-    fn hold(&self) -> ReleaseAt;
+    fn release_at(&self) -> ReleaseAt;
 
     /// Returns the part of a call that this state measures.
     fn measures(&self) -> Measures {
@@ -132,12 +132,12 @@ pub trait Release: Send + Sync + 'static {
 
 /// The right to make one call. See the [module](self).
 ///
-/// [`finish`](Self::finish) releases it with an outcome. Dropping it releases it with the outcome that
-/// [`end_dropped_as`](Self::end_dropped_as) has set, with a failure if the inner service panicked under
+/// [`release`](Self::release) releases it with an outcome. Dropping it releases it with the outcome that
+/// [`set_drop_outcome`](Self::set_drop_outcome) has set, with a failure if the inner service panicked under
 /// [`guard`](Self::guard), and otherwise with the outcome of a dropped call.
-pub struct Permit<G: Release = AnyGiver> {
+pub struct Permit<G: StateRef = DynStateRef> {
     /// The state that issued the permit. `None` once the permit is spent.
-    giver: Option<G>,
+    state: Option<G>,
     token: Token,
     context: CallContext,
 }
@@ -175,55 +175,55 @@ impl CallContext {
     };
 }
 
-impl<G: Release> Permit<G> {
+impl<G: StateRef> Permit<G> {
     #[inline]
-    pub(crate) fn new(giver: G, token: Token) -> Self {
-        Self { giver: Some(giver), token, context: CallContext::NONE }
+    pub(crate) fn new(state: G, token: Token) -> Self {
+        Self { state: Some(state), token, context: CallContext::NONE }
     }
 
     /// Returns a spent permit, for a call that has ended or that no state counts.
-    pub(crate) const fn hollow() -> Self {
-        Self { giver: None, token: Token::unmeasured(0), context: CallContext::NONE }
+    pub(crate) const fn spent() -> Self {
+        Self { state: None, token: Token::unmeasured(0), context: CallContext::NONE }
     }
 
     // ===== Release =====
 
     /// Releases the permit with this outcome.
     #[inline]
-    pub(crate) fn finish(mut self, outcome: Outcome) {
-        self.end(outcome);
-        // `end` has taken the state, so the destructor would do nothing.
+    pub(crate) fn release(mut self, outcome: Outcome) {
+        self.release_mut(outcome);
+        // `release_mut` has taken the state, so the destructor would do nothing.
         mem::forget(self);
     }
 
     /// Releases the permit with this outcome, unless it is spent.
     #[inline]
-    pub(crate) fn end(&mut self, outcome: Outcome) {
+    pub(crate) fn release_mut(&mut self, outcome: Outcome) {
         if !outcome.is_success() {
-            return self.end_attributed(outcome);
+            return self.release_attributed(outcome);
         }
-        if let Some(giver) = self.giver.take() {
-            giver.finish(self.token, outcome);
+        if let Some(state) = self.state.take() {
+            state.release(self.token, outcome);
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn end_attributed(&mut self, outcome: Outcome) {
+    fn release_attributed(&mut self, outcome: Outcome) {
         let outcome = self.attributed(outcome);
-        if let Some(giver) = self.giver.take() {
-            giver.finish(self.token, outcome);
+        if let Some(state) = self.state.take() {
+            state.release(self.token, outcome);
         }
     }
 
     /// Returns the outcome attributed to the side that caused it.
     fn attributed(&self, outcome: Outcome) -> Outcome {
-        let Some(giver) = &self.giver else { return outcome };
+        let Some(state) = &self.state else { return outcome };
         let ending = Ending {
             clock: self.token.clock,
             has_head: self.context.has_head,
             caller_deadline: self.context.caller_deadline,
-            count_cancelled_after: giver.count_cancelled_after(),
+            count_cancelled_after: state.count_cancelled_after(),
             waits_for: self.context.waits_for,
         };
         attribute(outcome, ending)
@@ -235,27 +235,27 @@ impl<G: Release> Permit<G> {
     /// permit, and reading it costs a stalled load per call.
     #[inline]
     pub(crate) fn take(&mut self) -> Self {
-        Self { giver: self.giver.take(), token: self.token, context: self.context }
+        Self { state: self.state.take(), token: self.token, context: self.context }
     }
 
     /// Records the response head in the state. Returns `so_far` attributed to the side that caused it.
     ///
     /// `so_far` is the outcome unless the response body changes it. `is_certain` states that the body cannot.
     #[inline]
-    pub(crate) fn head(&mut self, so_far: Outcome, is_certain: bool) -> Outcome {
+    pub(crate) fn record_head(&mut self, so_far: Outcome, is_certain: bool) -> Outcome {
         // A head that decides the outcome is attributed as if there were none: a 504 that only reports the caller's
         // deadline is still a failure after `count_cancelled_after`.
         self.context.has_head = !is_certain;
         let so_far = if so_far.is_success() { so_far } else { self.attributed(so_far) };
         self.context.has_head = true;
-        if let Some(giver) = &self.giver {
-            giver.head(&mut self.token, so_far);
-            if giver.measures() == Measures::Body {
+        if let Some(state) = &self.state {
+            state.record_head(&mut self.token, so_far);
+            if state.measures() == Measures::Body {
                 self.context.measures_body = true;
                 self.token.clock.stop(Instant::now());
             }
-            self.context.is_watched = giver.watches_reader(self.token);
-            if giver.follows_reader(self.token) {
+            self.context.is_watched = state.watches_reader(self.token);
+            if state.follows_reader(self.token) {
                 self.context.follows_reader = true;
                 self.body_waits_for(WaitsFor::Caller);
             }
@@ -287,13 +287,13 @@ impl<G: Release> Permit<G> {
     /// request.
     #[inline]
     pub(crate) fn pending(&mut self, what: WaitsFor) {
-        let Some(giver) = &self.giver else { return };
+        let Some(state) = &self.state else { return };
         let context = &mut self.context;
         let runs = !self.token.clock.is_off() || context.has_mark;
         if what == context.waits_for && (runs || what != WaitsFor::Upstream) {
             return;
         }
-        if giver.measures() == Measures::Nothing {
+        if state.measures() == Measures::Nothing {
             return;
         }
         match what {
@@ -304,7 +304,7 @@ impl<G: Release> Permit<G> {
             WaitsFor::Caller | WaitsFor::Transport => self.token.clock = UpstreamClock::OFF,
         }
         if mem::replace(&mut context.waits_for, what) != what {
-            giver.waits_for(self.token, what);
+            state.waits_for(self.token, what);
         }
     }
 
@@ -317,8 +317,8 @@ impl<G: Release> Permit<G> {
     /// Starts to watch whether the response body is read, if the state requests it.
     #[inline]
     pub(crate) fn watch_reader(&mut self) {
-        if let (true, Some(giver)) = (self.context.is_watched, &self.giver) {
-            self.context.is_watched = giver.watch_reader(&mut self.token);
+        if let (true, Some(state)) = (self.context.is_watched, &self.state) {
+            self.context.is_watched = state.watch_reader(&mut self.token);
         }
     }
 
@@ -340,25 +340,25 @@ impl<G: Release> Permit<G> {
     /// pending. Returns whether the state has released the permit, because the response was not read.
     #[inline]
     pub(crate) fn is_unread(&self, frame: impl FnOnce() -> Option<usize>) -> bool {
-        match &self.giver {
-            Some(giver) if self.context.is_watched => giver.body_polled(self.token, frame()),
+        match &self.state {
+            Some(state) if self.context.is_watched => state.body_polled(self.token, frame()),
             _ => false,
         }
     }
 
     #[cold]
     fn body_waits_for(&mut self, what: WaitsFor) {
-        if let Some(giver) = &self.giver {
+        if let Some(state) = &self.state {
             self.context.waits_for = what;
-            giver.waits_for(self.token, what);
+            state.waits_for(self.token, what);
         }
     }
 
     // ===== Accessors =====
 
     /// Returns the state that issued the permit, unless the permit is spent.
-    pub(crate) fn giver(&self) -> Option<&G> {
-        self.giver.as_ref()
+    pub(crate) fn state(&self) -> Option<&G> {
+        self.state.as_ref()
     }
 
     /// Returns the record of the admission.
@@ -370,7 +370,7 @@ impl<G: Release> Permit<G> {
 
     /// Copies the clock and the record of the call from the lent permit.
     #[cfg(feature = "limit")]
-    pub(crate) fn with_record_of<L: Release>(mut self, lent: &Permit<L>) -> Self {
+    pub(crate) fn with_record_of<L: StateRef>(mut self, lent: &Permit<L>) -> Self {
         self.token.clock = lent.token.clock;
         self.context = lent.context;
         self
@@ -384,8 +384,8 @@ impl<G: Release> Permit<G> {
 
     /// Returns the time at which the permit is released. For a spent permit, the response head.
     #[inline]
-    pub(crate) fn hold(&self) -> ReleaseAt {
-        self.giver.as_ref().map_or(ReleaseAt::Head, G::hold)
+    pub(crate) fn release_at(&self) -> ReleaseAt {
+        self.state.as_ref().map_or(ReleaseAt::Head, G::release_at)
     }
 
     /// Runs code of the inner service. If it panics, the permit is released with a failure when it is dropped.
@@ -394,11 +394,11 @@ impl<G: Release> Permit<G> {
     /// response drops the permit during unwinding, too.
     #[inline]
     pub(crate) fn guard<O>(&mut self, run: impl FnOnce() -> O) -> O {
-        struct OnUnwind<'a, G: Release>(&'a mut Permit<G>);
+        struct OnUnwind<'a, G: StateRef>(&'a mut Permit<G>);
 
-        impl<G: Release> Drop for OnUnwind<'_, G> {
+        impl<G: StateRef> Drop for OnUnwind<'_, G> {
             fn drop(&mut self) {
-                self.0.end_dropped_as(Outcome::failure().because(Reason::Panicked));
+                self.0.set_drop_outcome(Outcome::failure().because(Reason::Panicked));
             }
         }
 
@@ -410,7 +410,7 @@ impl<G: Release> Permit<G> {
 
     /// Sets the outcome with which a drop releases the permit from now on.
     #[inline]
-    pub(crate) fn end_dropped_as(&mut self, outcome: Outcome) {
+    pub(crate) fn set_drop_outcome(&mut self, outcome: Outcome) {
         self.context.drop_as = Some(outcome);
     }
 }
@@ -422,22 +422,22 @@ impl<T: Release> Permit<Arc<T>> {
     }
 }
 
-impl<G: Giver> Permit<G> {
+impl<G: StateRef> Permit<G> {
     /// Erases the type of the state that issued the permit.
     #[inline]
     pub(crate) fn erase(mut self) -> Permit {
         Permit {
-            giver: self.giver.take().map(Into::into),
+            state: self.state.take().map(Into::into),
             token: self.token,
             context: self.context,
         }
     }
 }
 
-impl<G: Release> Drop for Permit<G> {
+impl<G: StateRef> Drop for Permit<G> {
     #[inline]
     fn drop(&mut self) {
-        if self.giver.is_some() {
+        if self.state.is_some() {
             dropped(self.take());
         }
     }
@@ -446,15 +446,15 @@ impl<G: Release> Drop for Permit<G> {
 /// Releases a dropped permit. Takes it by value, so that it can stay in registers.
 #[cold]
 #[inline(never)]
-fn dropped<G: Release>(permit: Permit<G>) {
+fn dropped<G: StateRef>(permit: Permit<G>) {
     let outcome = permit.context.drop_as.unwrap_or_else(|| outcome_of_drop(permit.token.clock));
-    permit.finish(outcome);
+    permit.release(outcome);
 }
 
-impl<G: Release> fmt::Debug for Permit<G> {
+impl<G: StateRef> fmt::Debug for Permit<G> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Permit")
-            .field("spent", &self.giver.is_none())
+            .field("spent", &self.state.is_none())
             .field("token", &self.token)
             .field("context", &self.context)
             .finish()

@@ -6,7 +6,7 @@
 //! [`ShardedArc`] itself is dropped.
 //!
 //! ```text
-//! ShardedArc ─▶ Shards ─┬─▶ Shared ────────────────▶ state
+//! ShardedArc ─▶ Shards ─┬─▶ Arc ───────────────────▶ state
 //!                     ├─▶ ShardedRef ─▶ Shard (count) ──▶ state
 //!                     └─▶ ShardedRef ─▶ Shard (count) ──▶ state
 //! a call ───────────────▶ ShardedRef ─▶ one of these Shards
@@ -20,7 +20,7 @@ use std::{
     thread,
 };
 
-use super::{permit::Release, state_ref::AnyGiver};
+use super::permit::Release;
 
 /// A state whose calls are counted in shards. Calls on threads with different shards write no common cache
 /// line. Its own clones, one per service, share one count.
@@ -42,7 +42,7 @@ impl<T> ShardedArc<T> {
     pub(crate) fn new(state: T) -> Self {
         let state = Arc::new(state);
         let first = ShardedRef::of(state.clone());
-        let others = (1..count()).map(|_| ShardedRef::of(state.clone())).collect();
+        let others = (1..shard_count()).map(|_| ShardedRef::of(state.clone())).collect();
         Self(Arc::new(Shards { state, first, others }))
     }
 
@@ -51,7 +51,7 @@ impl<T> ShardedArc<T> {
     pub(crate) fn lease(&self) -> ShardedRef<T> {
         let Shards { first, others, .. } = &*self.0;
         // No panic: with an unwind path here, the compiler copies the future of the call once more.
-        others.get(own() & others.len()).unwrap_or(first).clone()
+        others.get(thread_number() & others.len()).unwrap_or(first).clone()
     }
 
     /// Returns the state. A clone of it is counted in the state's own reference count.
@@ -101,6 +101,14 @@ impl<T> ShardedRef<T> {
     }
 }
 
+impl<T: Release> ShardedRef<T> {
+    /// Returns the shard as an owner of a permit whose type can be erased.
+    #[inline]
+    pub(super) fn into_shard(self) -> Arc<impl Release> {
+        self.0
+    }
+}
+
 #[cfg(feature = "breaker")]
 impl<T> ShardedRef<T> {
     /// Returns a state with a single shard, for states that exist in large numbers.
@@ -147,25 +155,18 @@ impl<T: fmt::Debug> fmt::Debug for ShardedRef<T> {
     }
 }
 
-impl<T: Release> From<ShardedRef<T>> for AnyGiver {
-    #[inline]
-    fn from(lease: ShardedRef<T>) -> Self {
-        Self::Counted(lease.0)
-    }
-}
-
 // ===== Selection of a shard =====
 
 /// The maximum number of shards. Each occupies 256 bytes: 128 for the reference counts and 128 for the reference to the
 /// state.
-const MOST: usize = 16;
+const MAX_SHARDS: usize = 16;
 
-/// Returns the number of shards: the available parallelism, rounded up to a power of two, and at most [`MOST`].
-fn count() -> usize {
+/// Returns the number of shards: the available parallelism, rounded up to a power of two, and at most [`MAX_SHARDS`].
+fn shard_count() -> usize {
     static COUNT: OnceLock<usize> = OnceLock::new();
     *COUNT.get_or_init(|| {
         let threads = thread::available_parallelism().map_or(1, usize::from);
-        threads.next_power_of_two().min(MOST)
+        threads.next_power_of_two().min(MAX_SHARDS)
     })
 }
 
@@ -178,7 +179,7 @@ fn count() -> usize {
 /// The number may change between two calls of a thread. Only speed depends on it: a call releases the reference that it
 /// holds, whichever shard that is of.
 #[inline]
-fn own() -> usize {
+fn thread_number() -> usize {
     let here = 0_u8;
     ptr::from_ref(&here).addr() >> 21
 }

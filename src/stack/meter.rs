@@ -102,7 +102,7 @@ impl MeterLayer {
 }
 
 impl Release for MeterLayer {
-    fn finish(&self, token: Token, outcome: Outcome) {
+    fn release(&self, token: Token, outcome: Outcome) {
         if (outcome.kind(), outcome.reason()) == (OutcomeKind::Cancelled, Reason::Rejected) {
             // A rejection is not a latency of the upstream, so it is not timed.
             self.refused.fetch_add(1, Relaxed);
@@ -114,7 +114,7 @@ impl Release for MeterLayer {
         self.ended[outcome.kind() as usize].fetch_add(1, Relaxed);
     }
 
-    fn head(&self, token: &mut Token, so_far: Outcome) {
+    fn record_head(&self, token: &mut Token, so_far: Outcome) {
         let _ = so_far;
         if token.tag > 0 {
             self.timed(token.tag - 1);
@@ -122,13 +122,13 @@ impl Release for MeterLayer {
         token.tag = 0;
     }
 
-    fn hold(&self) -> ReleaseAt {
+    fn release_at(&self) -> ReleaseAt {
         ReleaseAt::Body
     }
 }
 
 impl<Req> Policy<Req> for Arc<MeterLayer> {
-    type Giver = Self;
+    type StateRef = Self;
     type Pass = Token;
     type Wait = Ready<Result<Permit<Self>, Rejected>>;
 

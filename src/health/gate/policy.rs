@@ -60,7 +60,7 @@ impl Gate {
 }
 
 impl<Req> Policy<Req> for Arc<Gate> {
-    type Giver = Self;
+    type StateRef = Self;
     /// Whether the outcome of the call is counted.
     type Pass = bool;
     type Wait = Ready<Result<Permit<Self>, Rejected>>;
@@ -91,7 +91,7 @@ impl<Req> Policy<Req> for Arc<Gate> {
     #[inline]
     fn permit(&self, is_counted: bool) -> Permit<Self> {
         // A gate that is not passive does not count outcomes, so its calls need no permit.
-        if is_counted { Permit::of(self, Token::default()) } else { Permit::hollow() }
+        if is_counted { Permit::of(self, Token::default()) } else { Permit::spent() }
     }
 
     fn closed_signal(&self, _: Option<&Permit<Self>>) -> Option<Arc<Notify>> {
@@ -100,7 +100,7 @@ impl<Req> Policy<Req> for Arc<Gate> {
 }
 
 impl Release for Gate {
-    fn finish(&self, _: Token, outcome: Outcome) {
+    fn release(&self, _: Token, outcome: Outcome) {
         match outcome.kind() {
             OutcomeKind::Success => self.succeeded.fetch_add(1, Ordering::Relaxed),
             OutcomeKind::Failure => self.failed.fetch_add(1, Ordering::Relaxed),
@@ -110,7 +110,7 @@ impl Release for Gate {
     }
 
     #[inline]
-    fn hold(&self) -> ReleaseAt {
+    fn release_at(&self) -> ReleaseAt {
         ReleaseAt::Verdict
     }
 }
