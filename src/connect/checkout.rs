@@ -1,19 +1,19 @@
-//! The permission of a call to ask hyper-util's pool for a connection.
+//! The checkout of a call: its permission to ask hyper-util's pool for a connection.
 //!
 //! Over HTTP/1 each call needs a connection for itself. A call acquires two *checkout permits*, one of its host and one
-//! of the total, before it asks the pool. Their gates have the limits of the connections. Without them, the pool would
-//! start a connect for each call, and continue connects whose calls got an idle connection.
+//! of the total, before it asks the pool. Their semaphores have the limits of the connections. Without them, the pool
+//! would start a connect for each call, and continue connects whose calls got an idle connection.
 //!
 //! Over HTTP/2 calls share connections. The pool has one connection per host and lets one call open it. It fails all
 //! calls that wait when that call is dropped, and it queues requests for which the connection has no stream. A call
 //! therefore waits here until it has a [stream](super::streams) or is the next one to open a connection.
 //!
 //! For `https`, TLS negotiates the version of HTTP, so it is unknown before the first connection of a host. Calls then
-//! acquire checkout permits, and one of them connects. The others wait until the [version](super::hosts::HostVersion) is
-//! known, and for the connect timeout at most. Over HTTP/1 they then connect concurrently. Over HTTP/2 they release
+//! acquire checkout permits, and one of them connects. The others wait until the [version](super::hosts::HostVersion)
+//! is known, and for the connect timeout at most. Over HTTP/1 they then connect concurrently. Over HTTP/2 they release
 //! their checkout permits and wait for a stream. If all of them connected before that, the pool would send them over
 //! the first HTTP/2 connection, whether or not it has enough streams. A call that has been sent exchanges its permits
-//! for a stream in [`Turn::watch`].
+//! for a stream in [`Checkout::update`].
 
 use std::{
     future::{Future, poll_fn},
@@ -30,45 +30,45 @@ use hyper_util::client::legacy::connect::CaptureConnection;
 use tokio::time::timeout;
 
 use super::{
-    conn::{Conn, HAS_STREAM, HAS_TURN, Tag},
-    connections::Connections,
-    hosts::{Guest, HttpVersion, Line},
-    semaphore::Place,
+    conn::{Conn, ConnTag, HAS_CHECKOUT_PERMITS, HAS_STREAM},
+    hosts::{HostRef, HttpVersion, QueueEntry},
+    semaphore::PermitPair,
+    state::ConnectState,
     streams::{Lane, Opening, Pick, StreamPermit, Streams},
 };
 use crate::{origin::Origin, outcome::Rejected};
 
 /// The permission to ask the pool for a connection.
-pub(super) struct Turn {
-    right: Right,
-    /// Keeps the host in the book, so that the connection of this call has the same gates.
-    guest: Guest,
+pub(super) struct Checkout {
+    grant: Grant,
+    /// Keeps the entry of the host, so that the connection of this call has the same semaphores.
+    host_ref: HostRef,
 }
 
-enum Right {
+enum Grant {
     /// No permit. Over HTTP/2 the call takes a stream when it has a connection.
-    Free,
+    Unpermitted,
     /// The right to open a connection that calls share.
-    First(Opening),
+    Open(Opening),
     /// A stream of a connection.
     Stream(StreamPermit),
     /// The checkout permits of the host and of the total, for a connection of its own.
-    Own(Place, Place),
+    Permits(PermitPair),
     /// The checkout permits, and the right to open the first connection, whose version of HTTP is unknown.
-    FirstOwn(Place, Place, Opening),
+    PermitsAndOpen(PermitPair, Opening),
 }
 
-/// The client that makes a call.
+/// The client and the properties of a call that needs a checkout.
 #[derive(Clone, Copy)]
-pub(super) struct Caller {
-    pub(super) owner: u64,
+pub(super) struct CheckoutRequest {
+    pub(super) client_id: u64,
     /// The version that the client uses for this call. `Unknown` if TLS negotiates it.
     pub(super) version: HttpVersion,
     /// The call may open an additional connection. Otherwise it waits for a stream of those that there are.
     pub(super) may_add: bool,
 }
 
-impl Caller {
+impl CheckoutRequest {
     /// Returns the version of HTTP for this call. The settings of hyper-util's builder may make an `http` client use
     /// HTTP/2, so the version of a connection takes precedence.
     fn version(self, streams: &Streams) -> HttpVersion {
@@ -80,50 +80,53 @@ impl Caller {
     }
 }
 
-impl Turn {
+impl Checkout {
     /// Acquires the permission if that is possible without waiting.
-    pub(super) fn now(
-        all: &Arc<Connections>,
+    pub(super) fn try_acquire(
+        shared: &Arc<ConnectState>,
         origin: Origin,
-        caller: Caller,
-    ) -> Result<Self, Guest> {
-        let guest = Guest::register(all, origin, caller.owner);
-        let right = match caller.version(&guest.streams) {
+        request: CheckoutRequest,
+    ) -> Result<Self, HostRef> {
+        let host_ref = HostRef::register(shared, origin, request.client_id);
+        let grant = match request.version(&host_ref.streams) {
             // Only a polled call may become the one that opens a connection: an unpolled one would block the others.
             HttpVersion::Unknown => None,
-            HttpVersion::Http1 => try_places(&guest).map(|(own, of_all)| Right::Own(own, of_all)),
-            HttpVersion::Http2 => guest.streams.try_take().map(Right::Stream),
+            HttpVersion::Http1 => try_permits(&host_ref).map(Grant::Permits),
+            HttpVersion::Http2 => host_ref.streams.try_take().map(Grant::Stream),
         };
-        match right {
-            Some(right) => Ok(Self { right, guest }),
-            None => Err(guest),
+        match grant {
+            Some(grant) => Ok(Self { grant, host_ref }),
+            None => Err(host_ref),
         }
     }
 
     /// Waits for the permission.
-    pub(super) async fn next(guest: Guest, caller: Caller) -> Result<Self, Rejected> {
-        let right = loop {
-            if caller.version(&guest.streams) == HttpVersion::Http2 {
-                break shared(&guest, caller.may_add).await?;
+    pub(super) async fn acquire(
+        host_ref: HostRef,
+        request: CheckoutRequest,
+    ) -> Result<Self, Rejected> {
+        let grant = loop {
+            if request.version(&host_ref.streams) == HttpVersion::Http2 {
+                break acquire_stream(&host_ref, request.may_add).await?;
             }
-            if let Some(right) = own(&guest, caller).await? {
-                break right;
+            if let Some(grant) = acquire_permits(&host_ref, request).await? {
+                break grant;
             }
         };
-        Ok(Self { right, guest })
+        Ok(Self { grant, host_ref })
     }
 
     /// Returns whether the call is to open an additional connection, so that it may wait for a stream if that fails.
     pub(super) fn is_additional(&self) -> bool {
-        matches!(&self.right, Right::First(opening) if opening.is_additional())
+        matches!(&self.grant, Grant::Open(opening) if opening.is_additional())
     }
 
     /// Returns the lane over which the call is to be sent. `None` means the first lane.
     pub(super) fn lane(&self) -> Option<Lane> {
-        match &self.right {
-            Right::First(opening) | Right::FirstOwn(_, _, opening) => Some(opening.lane()),
-            Right::Stream(permit) => permit.lane(),
-            Right::Free | Right::Own(..) => None,
+        match &self.grant {
+            Grant::Open(opening) | Grant::PermitsAndOpen(_, opening) => Some(opening.lane()),
+            Grant::Stream(permit) => permit.lane(),
+            Grant::Unpermitted | Grant::Permits(..) => None,
         }
     }
 
@@ -132,52 +135,53 @@ impl Turn {
     /// If it becomes known that calls to the host share connections, the call releases its checkout permits, and takes
     /// a stream of the connection to which it is assigned. The call that opens a connection takes its stream here.
     #[inline]
-    pub(super) fn watch(&mut self, connection: Option<&CaptureConnection>) {
-        match &self.right {
-            Right::Own(..) if self.guest.streams.version.is_http2() => {}
-            Right::First(_) | Right::FirstOwn(..) => {}
+    pub(super) fn update(&mut self, connection: Option<&CaptureConnection>) {
+        match &self.grant {
+            Grant::Permits(..) if self.host_ref.streams.version.is_http2() => {}
+            Grant::Open(_) | Grant::PermitsAndOpen(..) => {}
             // hyper-util's client sends the call over another connection, or has sent it before.
-            Right::Stream(permit) if permit.is_left() => {}
+            Grant::Stream(permit) if permit.is_retired() => {}
             _ => return,
         }
-        let tag = connection.and_then(Tag::of);
+        let tag = connection.and_then(ConnTag::of);
         // A call that waited for a stream also takes one of an HTTP/1 connection, to which the host may have changed.
-        let has_stream = matches!(self.right, Right::First(_) | Right::Stream(_));
+        let has_stream = matches!(self.grant, Grant::Open(_) | Grant::Stream(_));
         let conn = tag.as_ref().map(|tag| &tag.conn);
         let conn = conn.filter(|conn| has_stream || conn.is_http2());
-        match (conn, &self.right) {
+        match (conn, &self.grant) {
             // It has no connection yet.
-            (None, Right::First(_) | Right::FirstOwn(..) | Right::Stream(_)) if tag.is_none() => {}
-            (Some(conn), Right::Stream(permit)) if permit.is_of(conn) => {}
+            (None, Grant::Open(_) | Grant::PermitsAndOpen(..) | Grant::Stream(_))
+                if tag.is_none() => {}
+            (Some(conn), Grant::Stream(permit)) if permit.is_of(conn) => {}
             (None, _) => {
-                self.right = match std::mem::replace(&mut self.right, Right::Free) {
-                    Right::FirstOwn(own, of_all, _) => Right::Own(own, of_all),
-                    _ => Right::Free,
+                self.grant = match std::mem::replace(&mut self.grant, Grant::Unpermitted) {
+                    Grant::PermitsAndOpen(permits, _) => Grant::Permits(permits),
+                    _ => Grant::Unpermitted,
                 };
             }
             (Some(conn), _) => {
                 let permit = StreamPermit::seize(conn);
-                let right = std::mem::replace(&mut self.right, Right::Stream(permit));
-                if let Right::First(opening) | Right::FirstOwn(_, _, opening) = right {
-                    conn.hold(opening);
+                let grant = std::mem::replace(&mut self.grant, Grant::Stream(permit));
+                if let Grant::Open(opening) | Grant::PermitsAndOpen(_, opening) = grant {
+                    conn.store_opening(opening);
                 }
             }
         }
     }
 
-    /// Leaves the release of the permits or of the stream to the end of the call over this connection. Returns the tag
-    /// by which [`Conn`] releases them.
-    pub(super) fn keep(self, conn: &Arc<Conn>) -> u64 {
-        match self.right {
-            // `Conn` releases checkout permits to the gate of its own host. A `CONNECT` request names no scheme, so its
-            // connection may belong to another host. Then the permits of the request are released here.
-            Right::Own(own, of_all) if Arc::ptr_eq(conn.host(), self.guest.host()) => {
-                own.keep();
-                of_all.keep();
-                return HAS_TURN;
+    /// Leaves the release of the permits or of the stream to the end of the call over this connection. Returns the
+    /// value by which [`Conn`] releases them, for [`ConnTag::serve`].
+    pub(super) fn transfer_to(self, conn: &Arc<Conn>) -> u64 {
+        match self.grant {
+            // `Conn` releases checkout permits to the semaphore of its own host. A `CONNECT` request names no scheme,
+            // so its connection may belong to another host. Then the permits of the request are released here.
+            Grant::Permits((own, total)) if Arc::ptr_eq(conn.host(), self.host_ref.host()) => {
+                own.forget();
+                total.forget();
+                return HAS_CHECKOUT_PERMITS;
             }
-            Right::Stream(permit) if permit.is_of(conn) => {
-                permit.keep();
+            Grant::Stream(permit) if permit.is_of(conn) => {
+                permit.forget();
                 return HAS_STREAM;
             }
             _ => {}
@@ -190,49 +194,56 @@ impl Turn {
     }
 }
 
-fn try_places(guest: &Guest) -> Option<(Place, Place)> {
-    guest.host().calls.try_enter().zip(guest.all.calls.try_enter())
+fn try_permits(host_ref: &HostRef) -> Option<PermitPair> {
+    host_ref
+        .host()
+        .checkout_permits
+        .try_acquire()
+        .zip(host_ref.shared.checkout_permits.try_acquire())
 }
 
 /// Waits for the checkout permits, and then until the version of HTTP is known. Returns `None` if calls to this host
 /// share connections.
-async fn own(guest: &Guest, caller: Caller) -> Result<Option<Right>, Rejected> {
-    let places = match try_places(guest) {
-        Some(places) => places,
-        None => match places(guest).await? {
-            Some(places) => places,
+async fn acquire_permits(
+    host_ref: &HostRef,
+    request: CheckoutRequest,
+) -> Result<Option<Grant>, Rejected> {
+    let permits = match try_permits(host_ref) {
+        Some(permits) => permits,
+        None => match queue_for_permits(host_ref).await? {
+            Some(permits) => permits,
             None => return Ok(None),
         },
     };
-    Ok(match caller.version(&guest.streams) {
+    Ok(match request.version(&host_ref.streams) {
         HttpVersion::Http2 => None,
-        HttpVersion::Http1 => Some(Right::Own(places.0, places.1)),
-        HttpVersion::Unknown => first_own(guest, places).await,
+        HttpVersion::Http1 => Some(Grant::Permits(permits)),
+        HttpVersion::Unknown => open_first(host_ref, permits).await,
     })
 }
 
 /// Waits in the queue for the checkout permits. Returns `None` if it becomes known that calls to this host share
 /// connections.
-async fn places(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
-    let (all, host, version) = (&*guest.all, guest.host(), &guest.streams.version);
-    let line = Line::join(guest).ok_or_else(|| all.refuse())?;
-    let places = async {
+async fn queue_for_permits(host_ref: &HostRef) -> Result<Option<PermitPair>, Rejected> {
+    let (shared, host, version) = (&*host_ref.shared, host_ref.host(), &host_ref.streams.version);
+    let entry = QueueEntry::join(host_ref).ok_or_else(|| shared.reject())?;
+    let permits = async {
         let mut is_http2 = pin!(version.wait_until(|version| version == HttpVersion::Http2));
-        let mut places = pin!(async {
-            let own = host.calls.enter().await;
-            (own, all.calls.enter().await)
+        let mut permits = pin!(async {
+            let own = host.checkout_permits.acquire().await;
+            (own, shared.checkout_permits.acquire().await)
         });
         poll_fn(|cx| {
-            if let Poll::Ready(places) = places.as_mut().poll(cx) {
-                return Poll::Ready(Some(places));
+            if let Poll::Ready(permits) = permits.as_mut().poll(cx) {
+                return Poll::Ready(Some(permits));
             }
             is_http2.as_mut().poll(cx).map(|()| None)
         })
         .await
     };
-    let places = timeout(all.longest_wait(), places).await;
-    drop(line);
-    places.map_err(|_| all.refuse())
+    let permits = timeout(shared.max_wait(), permits).await;
+    drop(entry);
+    permits.map_err(|_| shared.reject())
 }
 
 /// Waits for the right to open the first connection, or until another call has opened it. Returns `None` if calls to
@@ -240,32 +251,32 @@ async fn places(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
 ///
 /// The maximum wait is the connect timeout. Then the call connects, although another call connects too. The call has no
 /// queue entry: over HTTP/1 its checkout permits would admit it.
-async fn first_own(guest: &Guest, places: (Place, Place)) -> Option<Right> {
-    let (all, streams) = (&*guest.all, &guest.streams);
-    let right = {
+async fn open_first(host_ref: &HostRef, permits: PermitPair) -> Option<Grant> {
+    let (shared, streams) = (&*host_ref.shared, &host_ref.streams);
+    let grant = {
         let mut is_known =
             pin!(streams.version.wait_until(|version| version != HttpVersion::Unknown));
         let mut opening = pin!(async {
-            let _head = streams.head.enter().await;
+            let _head = streams.head.acquire().await;
             loop {
                 if let Some(opening) = streams.try_open() {
                     return opening;
                 }
-                streams.changed(guest, false).await;
+                streams.changed(host_ref, false).await;
             }
         });
-        let right = poll_fn(|cx| {
+        let grant = poll_fn(|cx| {
             if is_known.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(None);
             }
             opening.as_mut().poll(cx).map(Some)
         });
-        timeout(all.connect_timeout().unwrap_or(Duration::MAX), right).await
+        timeout(shared.connect_timeout().unwrap_or(Duration::MAX), grant).await
     };
-    match right {
-        Ok(Some(opening)) => Some(Right::FirstOwn(places.0, places.1, opening)),
+    match grant {
+        Ok(Some(opening)) => Some(Grant::PermitsAndOpen(permits, opening)),
         Ok(None) if streams.version.is_http2() => None,
-        Ok(None) | Err(_) => Some(Right::Own(places.0, places.1)),
+        Ok(None) | Err(_) => Some(Grant::Permits(permits)),
     }
 }
 
@@ -273,17 +284,17 @@ async fn first_own(guest: &Guest, places: (Place, Place)) -> Option<Right> {
 ///
 /// While there is no connection, the maximum wait is the connect timeout. Then the call is sent without a permit. If
 /// the host cannot be reached, all calls thus fail at this time, instead of one after the other.
-async fn shared(guest: &Guest, may_add: bool) -> Result<Right, Rejected> {
-    let (all, streams) = (&*guest.all, &guest.streams);
-    if let Some(_head) = streams.head.try_enter() {
-        let mut room = None;
+async fn acquire_stream(host_ref: &HostRef, may_add: bool) -> Result<Grant, Rejected> {
+    let (shared, streams) = (&*host_ref.shared, &host_ref.streams);
+    if let Some(_head) = streams.head.try_acquire() {
+        let mut permits = None;
         loop {
-            match streams.pick(&mut room, may_add) {
-                Pick::Send(permit) => return Ok(Right::Stream(permit)),
-                Pick::Open(opening) => return Ok(Right::First(opening)),
-                Pick::Wait { for_room } => {
-                    room = if for_room { all.try_room(guest.host()) } else { None };
-                    if room.is_none() {
+            match streams.pick(&mut permits, may_add) {
+                Pick::Send(permit) => return Ok(Grant::Stream(permit)),
+                Pick::Open(opening) => return Ok(Grant::Open(opening)),
+                Pick::Wait { for_permits } => {
+                    permits = if for_permits { shared.try_permits(host_ref.host()) } else { None };
+                    if permits.is_none() {
                         break;
                     }
                 }
@@ -293,34 +304,34 @@ async fn shared(guest: &Guest, may_add: bool) -> Result<Right, Rejected> {
     let _queued = streams.queue(may_add);
     let mut is_up = streams.is_up();
     // Without a cap, a call that waits for the first connection needs no queue entry, so it is not rejected.
-    let join = || Line::join(guest).ok_or_else(|| all.refuse());
-    let mut line = (is_up || all.has_cap()).then(join).transpose()?;
+    let join = || QueueEntry::join(host_ref).ok_or_else(|| shared.reject());
+    let mut entry = (is_up || shared.has_cap()).then(join).transpose()?;
     let waits_for_stream = AtomicBool::new(false);
     let count = || {
         if !waits_for_stream.swap(true, Relaxed) {
-            all.count_stream_wait();
+            shared.count_stream_wait();
         }
     };
     if is_up {
         count();
     }
-    let mut right = pin!(async {
-        let mut head = streams.head.enter().await;
-        let mut room = None;
+    let mut grant = pin!(async {
+        let mut head = streams.head.acquire().await;
+        let mut permits = None;
         loop {
-            match streams.pick(&mut room, may_add) {
-                Pick::Send(permit) => return Right::Stream(permit),
-                Pick::Open(opening) => return Right::First(opening),
-                Pick::Wait { for_room } => {
+            match streams.pick(&mut permits, may_add) {
+                Pick::Send(permit) => return Grant::Stream(permit),
+                Pick::Open(opening) => return Grant::Open(opening),
+                Pick::Wait { for_permits } => {
                     if streams.is_up() {
                         count();
                     }
-                    drop(room.take());
+                    drop(permits.take());
                     if !may_add && streams.may_any_add() {
                         drop(head);
-                        head = streams.head.enter().await;
+                        head = streams.head.acquire().await;
                     } else {
-                        room = streams.changed(guest, for_room).await;
+                        permits = streams.changed(host_ref, for_permits).await;
                     }
                 }
             }
@@ -333,27 +344,27 @@ async fn shared(guest: &Guest, may_add: bool) -> Result<Right, Rejected> {
         if streams.is_up() {
             break;
         }
-        let right_or_up = poll_fn(|cx| {
-            if let Poll::Ready(right) = right.as_mut().poll(cx) {
-                return Poll::Ready(Some(right));
+        let grant_or_up = poll_fn(|cx| {
+            if let Poll::Ready(grant) = grant.as_mut().poll(cx) {
+                return Poll::Ready(Some(grant));
             }
             came_up.as_mut().poll(cx).map(|()| None)
         });
-        let max = all.connect_timeout().unwrap_or(Duration::MAX);
-        match timeout(max, right_or_up).await {
-            Ok(Some(right)) => return Ok(right),
-            Err(_) if !streams.is_up() => return Ok(Right::Free),
+        let max = shared.connect_timeout().unwrap_or(Duration::MAX);
+        match timeout(max, grant_or_up).await {
+            Ok(Some(grant)) => return Ok(grant),
+            Err(_) if !streams.is_up() => return Ok(Grant::Unpermitted),
             // The connection may have closed since.
             Ok(None) | Err(_) => is_up = streams.is_up(),
         }
     }
-    if line.is_none() {
-        line = Some(join()?);
+    if entry.is_none() {
+        entry = Some(join()?);
     }
-    let turn = timeout(all.longest_wait(), right).await;
-    drop(line);
-    turn.map_err(|_| {
+    let checkout = timeout(shared.max_wait(), grant).await;
+    drop(entry);
+    checkout.map_err(|_| {
         count();
-        all.refuse()
+        shared.reject()
     })
 }

@@ -26,15 +26,15 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::{
-    checkout::{Caller, Turn},
-    conn::{Conn, Tag},
-    connections::Connections,
+    checkout::{Checkout, CheckoutRequest},
+    conn::{Conn, ConnTag},
     executor::Executor,
     handle::ConnectHandle,
-    hosts::{Guest, HttpVersion},
-    layer::{ConnectLayer, Connector, above_zero},
-    lifetime,
+    hosts::{HostRef, HttpVersion},
+    layer::{ConnectLayer, Connector},
+    lifetime::NEVER,
     resolve::Resolver,
+    state::ConnectState,
     streams::{Lane, MAX_LANES},
     tcp::TcpConnector,
 };
@@ -54,8 +54,8 @@ use crate::{
 ///
 /// hyper-util's [`legacy::Error`], boxed. If the request was sent over a connection, it is the source of an error that
 /// records whether this connection had delivered a response before:
-/// [`Outcome::of_error`](crate::outcome::Outcome::of_error) then distinguishes a stale connection from a reset of a new one. A
-/// [`Rejected`], directly or among the sources, if no connection became free.
+/// [`Outcome::of_error`](crate::outcome::Outcome::of_error) then distinguishes a stale connection from a reset of a new
+/// one. A [`Rejected`], directly or among the sources, if no connection became free.
 ///
 /// # Cancellation
 ///
@@ -72,7 +72,7 @@ type LaneClient<C, B> = Box<legacy::Client<Connector<C>, SpareBody<B>>>;
 
 /// The clients of hyper-util, each with one HTTP/2 connection per host. The first one has all HTTP/1 connections.
 struct Lanes<C, B> {
-    owner: u64,
+    client_id: u64,
     hyper: legacy::Builder,
     connector: Connector<C>,
     clients: [OnceLock<LaneClient<C, B>>; MAX_LANES],
@@ -88,7 +88,7 @@ where
         // Indexes are below `MAX_LANES`.
         let index = index % MAX_LANES;
         self.clients[index].get_or_init(|| {
-            let lane = Lane { owner: self.owner, index };
+            let lane = Lane { client_id: self.client_id, index };
             Box::new(self.hyper.build(self.connector.clone().in_lane(lane)))
         })
     }
@@ -125,7 +125,7 @@ where
 {
     /// Sends a request. Unlike `call`, it takes `&self`.
     pub fn request(&self, request: Request<B>) -> ClientResponseFuture {
-        let all = &self.connections.0;
+        let shared = &self.connections.0;
         // TLS may negotiate HTTP/2.
         let is_https = request.uri().scheme() == Some(&Scheme::HTTPS);
         let version = if self.is_http2 {
@@ -135,28 +135,40 @@ where
         } else {
             HttpVersion::Http1
         };
-        let caller = Caller { owner: self.lanes.owner, version, may_add: true };
-        let now = || Turn::now(all, Origin::of(request.uri()), caller);
+        let caller = CheckoutRequest { client_id: self.lanes.client_id, version, may_add: true };
+        let now = || Checkout::try_acquire(shared, Origin::of(request.uri()), caller);
         let may_share = version != HttpVersion::Http1;
-        let turn = (may_share || all.has_cap()).then(now).transpose();
-        let state = match turn {
-            Ok(turn) => self.send(request, turn, caller),
-            Err(guest) => ClientCallState::Waiting { sent: self.wait(request, guest, caller) },
+        let checkout = (may_share || shared.has_cap()).then(now).transpose();
+        let state = match checkout {
+            Ok(checkout) => self.send(request, checkout, caller),
+            Err(host_ref) => {
+                ClientCallState::Waiting { sent: self.wait(request, host_ref, caller) }
+            }
         };
-        ClientResponseFuture { state, all: all.clone() }
+        ClientResponseFuture { state, shared: shared.clone() }
     }
 
-    fn wait(&self, request: Request<B>, guest: Guest, caller: Caller) -> Waiting {
+    fn wait(
+        &self,
+        request: Request<B>,
+        host_ref: HostRef,
+        caller: CheckoutRequest,
+    ) -> CheckoutFuture {
         let client = self.clone();
         Box::pin(async move {
-            let turn = Turn::next(guest, caller).await?;
-            Ok(client.send(request, Some(turn), caller))
+            let checkout = Checkout::acquire(host_ref, caller).await?;
+            Ok(client.send(request, Some(checkout), caller))
         })
     }
 
-    fn send(&self, request: Request<B>, turn: Option<Turn>, caller: Caller) -> ClientCallState {
+    fn send(
+        &self,
+        request: Request<B>,
+        checkout: Option<Checkout>,
+        caller: CheckoutRequest,
+    ) -> ClientCallState {
         let is_tunnel = request.method() == Method::CONNECT;
-        let is_additional = turn.as_ref().is_some_and(Turn::is_additional);
+        let is_additional = checkout.as_ref().is_some_and(Checkout::is_additional);
         let (mut request, fallback) = if is_additional {
             let (request, fallback) = self.with_fallback(request, caller);
             (request, Some(fallback))
@@ -164,17 +176,17 @@ where
             (request.map(SpareBody::new), None)
         };
         let connection = Some(capture_connection(&mut request));
-        let lane = turn.as_ref().and_then(Turn::lane).map_or(0, |lane| lane.index);
+        let lane = checkout.as_ref().and_then(Checkout::lane).map_or(0, |lane| lane.index);
         let response = self.lanes.get(lane).request(request);
-        ClientCallState::Sent { response, connection, is_tunnel, turn, fallback }
+        ClientCallState::Sent { response, connection, is_tunnel, checkout, fallback }
     }
 
-    /// Saves a copy of the request that shares its body. If the additional connection fails, the call waits for a stream
-    /// of another connection, because hyper-util's error does not return the request.
+    /// Saves a copy of the request that shares its body. If the additional connection fails, the call waits for a
+    /// stream of another connection, because hyper-util's error does not return the request.
     fn with_fallback(
         &self,
         request: Request<B>,
-        caller: Caller,
+        caller: CheckoutRequest,
     ) -> (Request<SpareBody<B>>, Fallback) {
         let (parts, body) = request.into_parts();
         let spare = Arc::new(Mutex::new(None));
@@ -183,9 +195,9 @@ where
         let fallback = Box::new(move || {
             let body = spare.lock().unwrap_or_else(PoisonError::into_inner).take()?;
             let origin = Origin::of(&saved.uri);
-            let guest = Guest::register(&client.connections.0, origin, caller.owner);
+            let host_ref = HostRef::register(&client.connections.0, origin, caller.client_id);
             let request = Request::from_parts(saved, body);
-            Some(client.wait(request, guest, Caller { may_add: false, ..caller }))
+            Some(client.wait(request, host_ref, CheckoutRequest { may_add: false, ..caller }))
         });
         (Request::from_parts(parts, body), fallback)
     }
@@ -232,27 +244,28 @@ pin_project! {
     pub struct ClientResponseFuture {
         #[pin]
         state: ClientCallState,
-        all: Arc<Connections>,
+        shared: Arc<ConnectState>,
     }
 }
 
 /// Waits for the permission to ask for a connection, and then sends the request.
-type Waiting = Pin<Box<dyn Future<Output = Result<ClientCallState, Rejected>> + Send>>;
+type CheckoutFuture = Pin<Box<dyn Future<Output = Result<ClientCallState, Rejected>> + Send>>;
 
 /// Sends the request again after a failed connect, unless its body has been used.
-type Fallback = Box<dyn FnOnce() -> Option<Waiting> + Send>;
+type Fallback = Box<dyn FnOnce() -> Option<CheckoutFuture> + Send>;
 
 pin_project! {
-    #[project = StateProj]
+    #[project = ClientCallProj]
     enum ClientCallState {
-        Waiting { sent: Waiting },
+        Waiting { sent: CheckoutFuture },
         Sent {
             #[pin]
             response: legacy::ResponseFuture,
-            // Contains a clone of the `Tag` of the connection, which is in use from before the first byte is written.
+            // Contains a clone of the `ConnTag` of the connection, which is in use from before the first byte is
+            // written.
             connection: Option<CaptureConnection>,
             is_tunnel: bool,
-            turn: Option<Turn>,
+            checkout: Option<Checkout>,
             fallback: Option<Fallback>,
         },
     }
@@ -263,31 +276,32 @@ impl Future for ClientResponseFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let (mut state, all) = (this.state, &**this.all);
+        let (mut state, shared) = (this.state, &**this.shared);
         loop {
-            if let StateProj::Waiting { sent } = state.as_mut().project() {
+            if let ClientCallProj::Waiting { sent } = state.as_mut().project() {
                 let Poll::Ready(sent) = sent.as_mut().poll(cx) else {
                     WaitsFor::Client.report();
                     return Poll::Pending;
                 };
                 state.set(sent?);
             }
-            let StateProj::Sent { response, connection, is_tunnel, turn, fallback } =
+            let ClientCallProj::Sent { response, connection, is_tunnel, checkout, fallback } =
                 state.as_mut().project()
             else {
                 unreachable!("the state is `Sent` after the wait")
             };
             let polled = response.poll(cx);
-            if let Some(connection) = connection.as_ref().filter(|_| all.any_over()) {
+            if let Some(connection) = connection.as_ref().filter(|_| shared.any_closing()) {
                 // As soon as the connection is known: the pool may have it back before the response head is polled.
                 retire(connection);
             }
-            if let Some(turn) = turn {
-                turn.watch(connection.as_ref());
+            if let Some(checkout) = checkout {
+                checkout.update(connection.as_ref());
             }
             let error = match ready!(polled) {
                 Ok(response) => {
-                    let response = tracked(response, connection.take(), *is_tunnel, turn.take());
+                    let response =
+                        tracked(response, connection.take(), *is_tunnel, checkout.take());
                     return Poll::Ready(Ok(response));
                 }
                 Err(error) => error,
@@ -307,16 +321,17 @@ fn tracked(
     mut response: Response<Incoming>,
     connection: Option<CaptureConnection>,
     is_tunnel: bool,
-    turn: Option<Turn>,
+    checkout: Option<Checkout>,
 ) -> Response<TrackedBody<Incoming>> {
-    let Some(tag) = response.extensions_mut().remove::<Tag>() else {
+    let Some(tag) = response.extensions_mut().remove::<ConnTag>() else {
         return response.map(TrackedBody::untracked);
     };
     let status = response.status();
     if status == StatusCode::SWITCHING_PROTOCOLS || (is_tunnel && status.is_success()) {
         tag.conn.hand_over();
     }
-    let permit = tag.serve(turn);
+    let held = checkout.map_or(0, |checkout| checkout.transfer_to(&tag.conn));
+    let permit = tag.serve(held);
     if status == StatusCode::MISDIRECTED_REQUEST
         && connection.is_some_and(|own| retire_misdirected(&own))
     {
@@ -328,7 +343,7 @@ fn tracked(
 
 /// Records in the error whether the connection of the request was reused, if the request was sent over one.
 fn with_connection(error: legacy::Error) -> BoxError {
-    match error.connect_info().and_then(Tag::of_connected) {
+    match error.connect_info().and_then(ConnTag::of_connected) {
         Some(tag) => ConnectionError::new(tag.conn.has_served(), error).into(),
         None => error.into(),
     }
@@ -336,26 +351,26 @@ fn with_connection(error: legacy::Error) -> BoxError {
 
 /// Retires a connection whose time is over, unless calls still need it.
 fn retire(connection: &CaptureConnection) {
-    if let Some(tag) = Tag::of(connection).filter(|tag| tag.conn.is_to_be_left()) {
-        exclude(connection, &tag.conn);
+    if let Some(tag) = ConnTag::of(connection).filter(|tag| tag.conn.must_retire()) {
+        retire_conn(connection, &tag.conn);
     }
 }
 
 /// Lets a connection serve no call after this one, and closes it after its calls. Returns `false` if the
 /// connection of the call is unknown.
 fn retire_misdirected(connection: &CaptureConnection) -> bool {
-    Tag::of(connection)
+    ConnTag::of(connection)
         .inspect(|tag| {
-            exclude(connection, &tag.conn);
-            tag.conn.ask();
+            retire_conn(connection, &tag.conn);
+            tag.conn.request_close();
         })
         .is_some()
 }
 
 /// Lets a connection serve no call after this one.
-fn exclude(connection: &CaptureConnection, conn: &Conn) {
+fn retire_conn(connection: &CaptureConnection, conn: &Conn) {
     connection.connection_metadata().as_ref().inspect(|connected| connected.poison());
-    conn.leave();
+    conn.retire();
 }
 
 impl fmt::Debug for ClientResponseFuture {
@@ -471,8 +486,8 @@ impl ClientBuilder {
     /// gRPC servers close the connections of clients that ping more often than they allow: by default once in 5
     /// minutes.
     pub fn http2_keepalive(mut self, every: Duration, timeout: Duration) -> Self {
-        let checked = above_zero("http2_keepalive.every", Some(every))
-            .and_then(|_| above_zero("http2_keepalive.timeout", Some(timeout)));
+        let checked = ConfigError::above_zero("http2_keepalive.every", every)
+            .and_then(|_| ConfigError::above_zero("http2_keepalive.timeout", timeout));
         if self.connections.accept(checked).is_some() {
             self.hyper
                 .http2_keep_alive_interval(every)
@@ -546,15 +561,15 @@ impl ClientBuilder {
         // Connections close themselves at `max_idle`, and the pool only has to remove the closed ones. A short
         // timeout of the pool would be wrong: the pool regards an HTTP/2 connection as idle while it serves a long
         // stream.
-        let idle = match self.connections.all.settings.idle.load(Ordering::Relaxed) {
-            lifetime::NEVER => HOUR,
+        let idle = match self.connections.shared.settings.max_idle.load(Ordering::Relaxed) {
+            NEVER => HOUR,
             idle => Duration::from_nanos(idle).max(HOUR / 12),
         };
         self.hyper.pool_idle_timeout(idle);
         let (connections, is_http2) = (self.connections.handle(), self.is_http2);
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let lanes = Lanes {
-            owner: NEXT.fetch_add(1, Ordering::Relaxed),
+            client_id: NEXT.fetch_add(1, Ordering::Relaxed),
             connector: self.connections.connector(connector, None),
             hyper: self.hyper,
             clients: [const { OnceLock::new() }; MAX_LANES],
@@ -588,11 +603,12 @@ impl ClientBuilder {
         tcp.set_keepalive(self.tcp.map(|tcp| tcp.after));
         tcp.set_keepalive_interval(self.tcp.map(|tcp| tcp.every));
         tcp.set_keepalive_retries(self.tcp.map(|tcp| tcp.times));
-        TcpConnector::new(tcp, &self.connections.all)
+        self.connections.shared.set_in_use();
+        TcpConnector::new(tcp, &self.connections.shared)
     }
 
     fn resolver(&self) -> Resolver {
-        Resolver::new(self.connections.all.lookups.clone())
+        Resolver::new(self.connections.shared.lookups.clone())
     }
 
     /// Returns the builder if all settings of the layer and of the builder are valid.

@@ -2,20 +2,21 @@
 //!
 //! # Uses
 //!
-//! `leases` counts the uses of a connection that a [`Client`](super::client::Client) has opened. hyper-util's pool stores a
-//! [`Tag`] with the connection. It clones the tag into the capture of each request that it assigns to the connection,
-//! before it writes the request, and into the response. Each clone is a use. [`Tag::serve`] turns the clone in the
-//! response into a permit that lasts to the end of the response body.
+//! `uses` counts the uses of a connection that a [`Client`](super::client::Client) has opened. hyper-util's pool stores
+//! a [`ConnTag`] with the connection. It clones the tag into the capture of each request that it assigns to the
+//! connection, before it writes the request, and into the response. Each clone is a use. [`ConnTag::serve`] turns the
+//! clone in the response into a permit that lasts to the end of the response body.
 //!
 //! # Closing
 //!
-//! `over` holds the first reason why the connection is to be closed. From then on no call begins on the connection,
-//! except where [`Conn::is_to_be_left`] and `is_stale` state otherwise. The connection is closed when `leases` is zero.
+//! `close_reason` holds the first reason why the connection is to be closed. From then on no call begins on the
+//! connection, except where [`Conn::must_retire`] and `is_stale` state otherwise. The connection is closed when `uses`
+//! is zero.
 //!
-//! Only hyper's connection task can close it: [`Io`](super::io::Io) then returns the end of the stream to that task. The
-//! task registers its waker ([`Conn::watch`]) before it reads this state. Every other thread changes this state before
-//! it calls [`Conn::wake`]. The lock of `waker` orders both, so either the task reads the change or the other thread
-//! finds the waker.
+//! Only hyper's connection task can close it: [`Io`](super::io::Io) then returns the end of the stream to that task.
+//! The task registers its waker ([`Conn::register_waker`]) before it reads this state. Every other thread changes this
+//! state before it calls [`Conn::wake`]. The lock of `waker` orders both, so either the task reads the change or the
+//! other thread finds the waker.
 //!
 //! A request can be assigned to the connection after its time is over and before its task has run. `begin` detects this
 //! and sets `is_stale`. An HTTP/1 connection then ends before the request is written, and hyper-util sends the request
@@ -23,12 +24,12 @@
 //!
 //! # Orderings
 //!
-//! - `end` stores `idle_since` before it lowers `leases` to zero, and [`Conn::idle_since()`] reads `leases` first. A
+//! - `end` stores `idle_since` before it lowers `uses` to zero, and [`Conn::idle_since()`] reads `uses` first. A
 //!   thread that reads zero therefore reads the end of the latest use.
-//! - `end` lowers `leases` before it reads the number of callers that wait for a permit of the total; see
-//!   [`core`](super::connections).
-//! - `set_max_streams` stores the maximum before `register` takes `opening`. `hold` stores `opening` before it reads
-//!   the maximum. At least one of them therefore releases the right to open a connection.
+//! - `end` lowers `uses` before it reads the number of callers that wait for a permit of the total; see
+//!   [`state`](super::state).
+//! - `set_max_streams` stores the maximum before `register` takes `opening`. `store_opening` stores `opening` before it
+//!   reads the maximum. At least one of them therefore releases the right to open a connection.
 
 use std::{
     sync::{
@@ -42,10 +43,9 @@ use http::Extensions;
 use hyper_util::client::legacy::connect::{CaptureConnection, Connected};
 
 use super::{
-    checkout::Turn,
-    connections::Connections,
     hosts::Host,
-    lifetime::{Life, LifetimeVerdict, NEVER, Over},
+    lifetime::{CloseReason, Lifetime, LifetimeVerdict, NEVER},
+    state::ConnectState,
     streams::{Lane, Opening, Streams},
 };
 use crate::{
@@ -55,15 +55,15 @@ use crate::{
 };
 
 pub(super) struct Conn {
-    all: Arc<Connections>,
+    shared: Arc<ConnectState>,
     id: u64,
     /// Of the client and the host of this connection.
     client: Arc<Streams>,
     /// The lane of a [`Client`](super::client::Client). Without one, uses of the connection are not reported.
     lane: Option<Lane>,
-    life: Life,
+    lifetime: Lifetime,
     /// The number of uses.
-    leases: AtomicU32,
+    uses: AtomicU32,
     /// The time of the end of the last use, or of the connect.
     idle_since: AtomicU64,
     /// The time until which an unused connection is not idle, because the call for which it was opened is about to use
@@ -74,7 +74,7 @@ pub(super) struct Conn {
     /// The connection was upgraded or is a tunnel. It is in use until it is closed.
     is_handed_over: AtomicBool,
     /// The first reason to close the connection.
-    over: OnceLock<Over>,
+    close_reason: OnceLock<CloseReason>,
     /// There was a reason to close the connection when its current use began.
     is_stale: AtomicBool,
     /// Wakes hyper's connection task.
@@ -85,7 +85,7 @@ pub(super) struct Conn {
     /// The maximum that the peer set, or [`UNKNOWN`].
     max_streams: AtomicUsize,
     /// No call is sent over it any more: it is closed, or its lane does not use it.
-    is_left: AtomicBool,
+    is_retired: AtomicBool,
     /// One of the streams is for the call that opens this connection.
     has_reserved: AtomicBool,
     /// The right of the call that opens this connection, until the SETTINGS of the peer arrive.
@@ -100,31 +100,31 @@ const GRACE: Nanos = 1_000_000_000;
 
 impl Conn {
     pub(super) fn new(
-        all: Arc<Connections>,
+        shared: Arc<ConnectState>,
         id: u64,
         client: Arc<Streams>,
         lane: Option<Lane>,
-        life: Life,
+        lifetime: Lifetime,
         now: Nanos,
     ) -> Self {
         Self {
-            all,
+            shared,
             id,
             client,
             lane,
-            life,
-            leases: AtomicU32::new(0),
+            lifetime,
+            uses: AtomicU32::new(0),
             idle_since: AtomicU64::new(now),
             new_until: AtomicU64::new(now.saturating_add(GRACE)),
             has_served: AtomicBool::new(false),
             is_handed_over: AtomicBool::new(false),
-            over: OnceLock::new(),
+            close_reason: OnceLock::new(),
             is_stale: AtomicBool::new(false),
             waker: Mutex::new(None),
             is_http2: AtomicBool::new(false),
             streams: AtomicUsize::new(0),
             max_streams: AtomicUsize::new(UNKNOWN),
-            is_left: AtomicBool::new(false),
+            is_retired: AtomicBool::new(false),
             has_reserved: AtomicBool::new(false),
             opening: Mutex::new(None),
         }
@@ -143,7 +143,7 @@ impl Conn {
     }
 
     /// Returns whether uses of this connection are reported.
-    pub(super) fn is_leased(&self) -> bool {
+    pub(super) fn reports_uses(&self) -> bool {
         self.lane.is_some()
     }
 
@@ -156,39 +156,39 @@ impl Conn {
 
     /// Begins a use. The first of several concurrent uses checks whether the time of the connection is over.
     fn begin(&self) {
-        if self.leases.fetch_add(1, Ordering::SeqCst) > 0 {
+        if self.uses.fetch_add(1, Ordering::SeqCst) > 0 {
             return;
         }
-        self.all.counts.in_use.fetch_add(1, Ordering::Relaxed);
-        let now = self.all.clock.now();
+        self.shared.counts.in_use.fetch_add(1, Ordering::Relaxed);
+        let now = self.shared.clock.now();
         if now < self.new_until.swap(0, Ordering::SeqCst) {
             // This is the first use of a new connection. The call waited for it, so it is not checked.
             return;
         }
         let idle_since = self.idle_since.load(Ordering::SeqCst);
-        if let LifetimeVerdict::Close(why) = self.life.judge(now, Some(idle_since)) {
-            self.set_over(why);
+        if let LifetimeVerdict::Close(reason) = self.lifetime.verdict(now, Some(idle_since)) {
+            self.set_closing(reason);
         }
-        self.is_stale.store(self.why_over().is_some(), Ordering::SeqCst);
+        self.is_stale.store(self.close_reason().is_some(), Ordering::SeqCst);
     }
 
     /// Ends a use. After the last one, a connection that is to be closed is closed.
     fn end(&self) {
-        let mut leases = self.leases.load(Ordering::SeqCst);
+        let mut uses = self.uses.load(Ordering::SeqCst);
         loop {
-            if leases == 1 {
-                // Store the time first: a thread that reads zero leases must read the time of this end.
-                self.idle_since.store(self.all.clock.now(), Ordering::SeqCst);
+            if uses == 1 {
+                // Store the time first: a thread that reads zero uses must read the time of this end.
+                self.idle_since.store(self.shared.clock.now(), Ordering::SeqCst);
             }
-            let next = leases.saturating_sub(1);
-            match self.leases.compare_exchange(leases, next, Ordering::SeqCst, Ordering::SeqCst) {
+            let next = uses.saturating_sub(1);
+            match self.uses.compare_exchange(uses, next, Ordering::SeqCst, Ordering::SeqCst) {
                 Ok(_) if next > 0 => return,
                 Ok(_) => break,
-                Err(now) => leases = now,
+                Err(now) => uses = now,
             }
         }
-        self.all.counts.in_use.fetch_sub(1, Ordering::Relaxed);
-        if self.why_over().is_some() || self.all.needs_room_of(self) {
+        self.shared.counts.in_use.fetch_sub(1, Ordering::Relaxed);
+        if self.close_reason().is_some() || self.shared.close_for_other_host(self) {
             self.wake();
         }
     }
@@ -205,12 +205,12 @@ impl Conn {
         if self.is_handed_over.load(Ordering::SeqCst) {
             self.end();
         }
-        let why = match self.over.set(Over::Closed) {
+        let reason = match self.close_reason.set(CloseReason::Closed) {
             Ok(()) => None,
-            Err(_) => self.why_over(),
+            Err(_) => self.close_reason(),
         };
-        self.all.close(self, why);
-        self.set_left();
+        self.shared.close(self, reason);
+        self.set_retired();
         drop(self.take_opening());
         if self.has_streams() {
             self.client.unregister(self.id);
@@ -220,8 +220,8 @@ impl Conn {
     /// Returns the time since which the connection is idle. `None` if it is in use, if it is new, or if its uses are
     /// not reported.
     pub(super) fn idle_since(&self, now: Nanos) -> Option<Nanos> {
-        let idle = self.is_leased()
-            && self.leases.load(Ordering::SeqCst) == 0
+        let idle = self.reports_uses()
+            && self.uses.load(Ordering::SeqCst) == 0
             && self.new_until.load(Ordering::SeqCst) <= now;
         idle.then(|| self.idle_since.load(Ordering::SeqCst))
     }
@@ -229,41 +229,42 @@ impl Conn {
     // ===== Reasons to close =====
 
     /// Sets the reason to close the connection, unless there is one already.
-    fn set_over(&self, why: Over) {
-        if self.mark_over(why) {
-            self.announce_over();
+    fn set_closing(&self, reason: CloseReason) {
+        if self.mark_closing(reason) {
+            self.announce_closing();
         }
     }
 
     /// Sets the reason to close the connection. Returns `false` if there was one already, which is kept. Otherwise call
-    /// [`announce_over`](Self::announce_over) without any lock.
+    /// [`announce_closing`](Self::announce_closing) without any lock.
     #[must_use]
-    pub(super) fn mark_over(&self, why: Over) -> bool {
-        let is_first = self.over.set(why).is_ok();
-        self.all.counts.over.fetch_add(usize::from(is_first), Ordering::SeqCst);
+    pub(super) fn mark_closing(&self, reason: CloseReason) -> bool {
+        let is_first = self.close_reason.set(reason).is_ok();
+        self.shared.counts.closing.fetch_add(usize::from(is_first), Ordering::SeqCst);
         is_first
     }
 
     /// Wakes the first call of the queue: this connection may take no further call, so the call may open another one. A
     /// waker is user code, so no lock may be held.
-    pub(super) fn announce_over(&self) {
+    pub(super) fn announce_closing(&self) {
         if self.has_streams() {
             self.client.notify();
         }
     }
 
     /// Returns the reason to close the connection, if there is one.
-    pub(super) fn why_over(&self) -> Option<Over> {
-        self.over.get().copied()
+    pub(super) fn close_reason(&self) -> Option<CloseReason> {
+        self.close_reason.get().copied()
     }
 
     /// Returns whether no further call may begin on this connection.
     ///
     /// A connection that is to be closed still takes calls if calls share connections and the caps leave no room for
     /// another one. Otherwise all calls to the host would wait for the end of its last stream.
-    pub(super) fn is_to_be_left(&self) -> bool {
-        let is_needed = || self.client.version.is_http2() && !self.all.has_room(self.host());
-        self.why_over().is_some() && !is_needed()
+    pub(super) fn must_retire(&self) -> bool {
+        let is_needed =
+            || self.client.version.is_http2() && !self.shared.has_free_permits(self.host());
+        self.close_reason().is_some() && !is_needed()
     }
 
     /// Returns whether the time of the connection was over before its current use began.
@@ -272,36 +273,36 @@ impl Conn {
     }
 
     /// Keeps a stale connection open for its current use, because bytes of the request have been written.
-    pub(super) fn keep_stale(&self) {
+    pub(super) fn serve_stale(&self) {
         self.is_stale.store(false, Ordering::SeqCst);
     }
 
     /// Closes the connection as soon as it is not in use, if its uses are reported.
-    pub(super) fn ask(&self) {
-        if self.is_leased() {
-            self.set_over(Over::Asked);
+    pub(super) fn request_close(&self) {
+        if self.reports_uses() {
+            self.set_closing(CloseReason::Requested);
             self.wake();
         }
     }
 
-    /// Decides whether to close the connection now. [`LifetimeVerdict::Keep`] contains the nanoseconds until the next decision,
-    /// or [`NEVER`].
-    pub(super) fn judge(&self) -> LifetimeVerdict {
-        let now = self.all.clock.now();
+    /// Decides whether to close the connection now. [`LifetimeVerdict::Keep`] contains the nanoseconds until the next
+    /// decision, or [`NEVER`].
+    pub(super) fn verdict(&self) -> LifetimeVerdict {
+        let now = self.shared.clock.now();
         let idle_since = self.idle_since(now);
         if idle_since.is_some() {
-            self.all.needs_room_of(self);
+            self.shared.close_for_other_host(self);
         }
-        let verdict = match self.why_over() {
-            Some(why) => LifetimeVerdict::Close(why),
-            None => self.life.judge(now, idle_since),
+        let verdict = match self.close_reason() {
+            Some(reason) => LifetimeVerdict::Close(reason),
+            None => self.lifetime.verdict(now, idle_since),
         };
         let new_for = self.new_until.load(Ordering::SeqCst).saturating_sub(now);
         let at = match verdict {
-            LifetimeVerdict::Close(why) => {
-                self.set_over(why);
+            LifetimeVerdict::Close(reason) => {
+                self.set_closing(reason);
                 if idle_since.is_some() {
-                    return LifetimeVerdict::Close(why);
+                    return LifetimeVerdict::Close(reason);
                 }
                 // The connection is in use. `end` wakes the task that closes it.
                 NEVER
@@ -318,7 +319,7 @@ impl Conn {
     /// Records that the client has sent the preface of HTTP/2.
     pub(super) fn set_http2(&self) {
         self.is_http2.store(true, Ordering::SeqCst);
-        self.client.leave_lane(self.lane);
+        self.client.retire_lane(self.lane);
         self.client.version.set_http2();
     }
 
@@ -326,7 +327,7 @@ impl Conn {
     /// streams and not for checkout permits, so the connection is registered with one stream.
     pub(super) fn set_http1(this: &Arc<Self>) {
         this.client.version.set_http1();
-        if this.is_leased() && this.has_streams() {
+        if this.reports_uses() && this.has_streams() {
             Self::set_max_streams(this, 1);
         } else {
             this.max_streams.store(1, Ordering::SeqCst);
@@ -350,21 +351,22 @@ impl Conn {
         }
     }
 
-    /// Lets no call take a stream any more: the peer has sent GOAWAY, or the lane does not use this connection any more.
-    pub(super) fn leave(&self) {
-        if self.set_left() && self.has_streams() {
+    /// Lets no call take a stream any more: the peer has sent GOAWAY, or the lane does not use this connection any
+    /// more.
+    pub(super) fn retire(&self) {
+        if self.set_retired() && self.has_streams() {
             // The first call of the queue may open another connection.
             self.client.notify();
         }
     }
 
-    /// Returns whether it was not left before.
-    pub(super) fn set_left(&self) -> bool {
-        !self.is_left.swap(true, Ordering::SeqCst)
+    /// Returns whether it was not retired before.
+    pub(super) fn set_retired(&self) -> bool {
+        !self.is_retired.swap(true, Ordering::SeqCst)
     }
 
-    pub(super) fn is_left(&self) -> bool {
-        self.is_left.load(Ordering::SeqCst)
+    pub(super) fn is_retired(&self) -> bool {
+        self.is_retired.load(Ordering::SeqCst)
     }
 
     /// Takes a stream if one is free.
@@ -401,11 +403,11 @@ impl Conn {
     }
 
     /// Keeps other calls from opening a connection until the SETTINGS of the peer have arrived.
-    pub(super) fn hold(&self, opening: Opening) {
+    pub(super) fn store_opening(&self, opening: Opening) {
         let before = self.opening().replace(opening);
         drop(before);
         // Read the maximum after the store: if the SETTINGS arrived in between, `register` did not find `opening`.
-        if self.max_streams.load(Ordering::SeqCst) != UNKNOWN || self.why_over().is_some() {
+        if self.max_streams.load(Ordering::SeqCst) != UNKNOWN || self.close_reason().is_some() {
             drop(self.take_opening());
         }
     }
@@ -421,23 +423,23 @@ impl Conn {
     // ===== Waking =====
 
     /// Registers the waker of the task that reads from the connection.
-    pub(super) fn watch(&self, waker: &Waker) {
-        if self.watcher().as_ref().is_some_and(|known| known.will_wake(waker)) {
+    pub(super) fn register_waker(&self, waker: &Waker) {
+        if self.registered_waker().as_ref().is_some_and(|known| known.will_wake(waker)) {
             return;
         }
         // A waker is user code: it is cloned and dropped without the lock.
         let waker = waker.clone();
-        let before = self.watcher().replace(waker);
+        let before = self.registered_waker().replace(waker);
         drop(before);
     }
 
     /// Wakes the task that reads from the connection.
     pub(super) fn wake(&self) {
-        let waker = self.watcher().take();
+        let waker = self.registered_waker().take();
         waker.into_iter().for_each(Waker::wake);
     }
 
-    fn watcher(&self) -> MutexGuard<'_, Option<Waker>> {
+    fn registered_waker(&self) -> MutexGuard<'_, Option<Waker>> {
         self.waker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -447,9 +449,9 @@ impl Release for Conn {
         self.end();
         // Release the permits after `end`, so that the next call finds this connection idle.
         match token.tag {
-            HAS_TURN => {
-                self.host().calls.leave();
-                self.all.calls.leave();
+            HAS_CHECKOUT_PERMITS => {
+                self.host().checkout_permits.release();
+                self.shared.checkout_permits.release();
             }
             HAS_STREAM => self.release_stream(),
             _ => {}
@@ -462,20 +464,20 @@ impl Release for Conn {
 }
 
 /// The tag of a call that releases its two checkout permits at its end.
-pub(super) const HAS_TURN: u64 = 1;
+pub(super) const HAS_CHECKOUT_PERMITS: u64 = 1;
 /// The tag of a call that releases an HTTP/2 stream at its end.
 pub(super) const HAS_STREAM: u64 = 2;
 
 /// A reference to a connection, which hyper-util's pool stores with the connection. A clone is a use of the connection.
-pub(super) struct Tag {
+pub(super) struct ConnTag {
     pub(super) conn: Arc<Conn>,
-    is_lease: bool,
+    is_use: bool,
 }
 
-impl Tag {
+impl ConnTag {
     /// Returns the tag that the pool stores, which is not a use.
     pub(super) fn new(conn: Arc<Conn>) -> Self {
-        Self { conn, is_lease: false }
+        Self { conn, is_use: false }
     }
 
     /// Returns the tag of the connection to which the request is assigned, or `None` if there is none yet.
@@ -490,29 +492,30 @@ impl Tag {
     }
 
     /// Turns the tag into a permit that uses the connection to the end of the response body.
-    pub(super) fn serve(mut self, turn: Option<Turn>) -> Permit<Arc<Conn>> {
+    ///
+    /// `held` is what the call holds besides: [`HAS_CHECKOUT_PERMITS`], [`HAS_STREAM`] or 0.
+    pub(super) fn serve(mut self, held: u64) -> Permit<Arc<Conn>> {
         let conn = self.conn.clone();
-        if !std::mem::replace(&mut self.is_lease, false) {
+        if !std::mem::replace(&mut self.is_use, false) {
             conn.begin();
         }
         if conn.has_served.swap(true, Ordering::Relaxed) {
-            conn.all.counts.reused.fetch_add(1, Ordering::Relaxed);
+            conn.shared.counts.reused.fetch_add(1, Ordering::Relaxed);
         }
-        let tag = turn.map_or(0, |turn| turn.keep(&conn));
-        Permit::of(&conn, Token::unmeasured(tag))
+        Permit::of(&conn, Token::unmeasured(held))
     }
 }
 
-impl Clone for Tag {
+impl Clone for ConnTag {
     fn clone(&self) -> Self {
         self.conn.begin();
-        Self { conn: self.conn.clone(), is_lease: true }
+        Self { conn: self.conn.clone(), is_use: true }
     }
 }
 
-impl Drop for Tag {
+impl Drop for ConnTag {
     fn drop(&mut self) {
-        if self.is_lease {
+        if self.is_use {
             self.conn.end();
         }
     }
@@ -522,7 +525,7 @@ impl Drop for Tag {
 mod tests {
     use std::{sync::mpsc, task::Wake, thread, time::Duration};
 
-    use super::super::hosts::Guest;
+    use super::super::hosts::HostRef;
     use super::*;
     use crate::origin::Origin;
 
@@ -537,7 +540,7 @@ mod tests {
     impl Drop for UsesConn {
         fn drop(&mut self) {
             self.0.wake();
-            self.0.watch(Waker::noop());
+            self.0.register_waker(Waker::noop());
         }
     }
 
@@ -545,13 +548,13 @@ mod tests {
     fn waker_may_use_the_connection_when_it_is_dropped() {
         let (ended, end) = mpsc::channel();
         thread::spawn(move || {
-            let all = Arc::new(Connections::new());
+            let shared = Arc::new(ConnectState::new());
             let origin = Origin::of(&"http://search".parse().expect("a URI"));
-            let guest = Guest::register(&all, origin, 1);
-            let lane = Some(Lane { owner: 1, index: 0 });
-            let conn = Connections::open(&all, &guest.streams, lane);
-            conn.watch(&Arc::new(UsesConn(conn.clone())).into());
-            conn.watch(Waker::noop());
+            let host_ref = HostRef::register(&shared, origin, 1);
+            let lane = Some(Lane { client_id: 1, index: 0 });
+            let conn = ConnectState::open(&shared, &host_ref.streams, lane);
+            conn.register_waker(&Arc::new(UsesConn(conn.clone())).into());
+            conn.register_waker(Waker::noop());
             let _ = ended.send(());
         });
         end.recv_timeout(Duration::from_secs(30)).expect("no deadlock");

@@ -26,13 +26,25 @@ use crate::error::BoxError;
 #[must_use = "a layer does nothing until it wraps a connector"]
 #[derive(Clone, Debug)]
 pub struct UntrackedLayer {
-    pub(super) connections: ConnectLayer,
+    connections: ConnectLayer,
+}
+
+impl ConnectLayer {
+    /// Returns the layer for connectors whose connections cannot be wrapped, such as reqwest's. It times and counts
+    /// connects.
+    ///
+    /// The layer cannot divide the connect timeout among the addresses of a host, because it observes one connect and
+    /// not its addresses. Set reqwest's `connect_timeout`, which is divided, to this timeout or a shorter one.
+    pub fn untracked(self) -> UntrackedLayer {
+        UntrackedLayer { connections: self }
+    }
 }
 
 impl<S> Layer<S> for UntrackedLayer {
     type Service = Untracked<S>;
 
     fn layer(&self, inner: S) -> Untracked<S> {
+        self.connections.shared.set_in_use();
         Untracked { inner, connections: self.connections.clone() }
     }
 }
@@ -42,6 +54,25 @@ impl<S> Layer<S> for UntrackedLayer {
 pub struct Untracked<S> {
     inner: S,
     connections: ConnectLayer,
+}
+
+impl<S> Untracked<S> {
+    /// Returns the wrapped connector.
+    #[must_use]
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+
+    /// Returns the wrapped connector.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// Returns the wrapped connector.
+    #[must_use]
+    pub fn into_inner(self) -> S {
+        self.inner
+    }
 }
 
 /// Omits the wrapped connector: the `Debug` output of a connector for a proxy may contain credentials.
@@ -70,8 +101,8 @@ where
         let layer = self.connections.clone();
         UntrackedFuture(Box::pin(async move {
             layer.sound()?;
-            let connected = dial(&layer.all, || connect).await?;
-            layer.all.counts.created.fetch_add(1, Ordering::Relaxed);
+            let connected = dial(&layer.shared, || connect).await?;
+            layer.shared.counts.created.fetch_add(1, Ordering::Relaxed);
             Ok(connected)
         }))
     }

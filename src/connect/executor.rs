@@ -1,8 +1,8 @@
 //! Detects connects that hyper-util continues in the background.
 //!
 //! [`Executor`] gives each task that it spawns an id, and stores the id in a thread-local while the task is polled.
-//! [`Wanted`] records the id at its creation. If it is polled under another id, hyper-util has moved the future from
-//! the call to a background task.
+//! [`CancelIfMoved`] records the id at its creation. If it is polled under another id, hyper-util has moved the future
+//! from the call to a background task.
 
 use std::{
     cell::Cell,
@@ -20,8 +20,8 @@ use pin_project_lite::pin_project;
 /// For a call without an idle connection, that client connects, and waits for a connection to become idle at the same
 /// time. If a connection becomes idle first, the client continues the connect in a background task. The pool can use
 /// the resulting connection for the next call. If the connect is still in the queue of a
-/// [`ConnectLayer`](super::layer::ConnectLayer), however, it would get a permit that no call needs. On this executor such a
-/// connect leaves the queue instead.
+/// [`ConnectLayer`](super::layer::ConnectLayer), however, it would get a permit that no call needs. On this executor
+/// such a connect leaves the queue instead.
 ///
 /// Pass it to hyper-util's `Client::builder` if a [`ConnectLayer`](super::layer::ConnectLayer) has a cap.
 /// [`Client`](super::client::Client) uses it.
@@ -62,42 +62,42 @@ impl<F: Future> Future for Spawned<F> {
     type Output = F::Output;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        struct Back(Id);
+        struct RestoreId(Id);
 
-        impl Drop for Back {
+        impl Drop for RestoreId {
             fn drop(&mut self) {
                 CURRENT.set(self.0);
             }
         }
 
         let this = self.project();
-        let _back = Back(CURRENT.replace(*this.id));
+        let _restore = RestoreId(CURRENT.replace(*this.id));
         this.future.poll(cx)
     }
 }
 
 pin_project! {
-    /// The future of [`wanted`].
-    pub(super) struct Wanted<F> {
+    /// The future of [`cancel_if_moved`].
+    pub(super) struct CancelIfMoved<F> {
         #[pin]
         future: F,
-        home: Id,
+        created_in: Id,
     }
 }
 
 /// Wraps a future, which returns `None` when it is polled in another task of the executor than the one in which it was
 /// created. Polls outside of the executor's tasks do not count as another task.
-pub(super) fn wanted<F>(future: F) -> Wanted<F> {
-    Wanted { future, home: CURRENT.get() }
+pub(super) fn cancel_if_moved<F>(future: F) -> CancelIfMoved<F> {
+    CancelIfMoved { future, created_in: CURRENT.get() }
 }
 
-impl<F: Future> Future for Wanted<F> {
+impl<F: Future> Future for CancelIfMoved<F> {
     type Output = Option<F::Output>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let now = CURRENT.get();
-        if now.is_some() && now != *this.home {
+        if now.is_some() && now != *this.created_in {
             return Poll::Ready(None);
         }
         this.future.poll(cx).map(Some)

@@ -1,14 +1,21 @@
-use std::{fmt, sync::Arc, sync::atomic::Ordering, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
-use super::connections::Connections;
-use crate::error::ConfigError;
+use super::{lifetime::NEVER, state::ConnectState};
+use crate::{error::ConfigError, time::nanos};
 
-/// Reads the state of the connections of a layer, changes its caps and renews its connections, from outside of the
-/// stack.
+/// Reads the state of the connections of a layer, changes its settings and recycles its connections, from outside of
+/// the stack.
 ///
 /// Clones refer to the same connections: those of all connectors that the layer or a clone of it made.
 #[derive(Clone)]
-pub struct ConnectHandle(pub(super) Arc<Connections>);
+pub struct ConnectHandle(pub(super) Arc<ConnectState>);
 
 /// The connections of a layer at one moment, and its counters since it was created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,43 +91,120 @@ impl ConnectHandle {
         }
     }
 
-    /// Changes the maximum number of connections per host.
+    /// Changes the [maximum number of connections to one host](super::layer::ConnectLayer::max_per_host).
     ///
     /// A higher maximum admits waiting callers at once. A lower one takes effect as connections close.
     ///
     /// # Errors
     ///
     /// Fails if the maximum is zero. The setting is then unchanged.
-    pub fn set_max_per_host(&self, most: usize) -> Result<(), ConfigError> {
-        self.0.set_per_host(checked("max_per_host", most)?);
+    pub fn set_max_per_host(&self, max: usize) -> Result<(), ConfigError> {
+        self.0.set_max_per_host(one_or_more("max_per_host", max)?);
         Ok(())
     }
 
-    /// Changes the maximum number of connections in total, as [`set_max_per_host`](Self::set_max_per_host) does per
-    /// host.
+    /// Changes the [maximum number of connections in total](super::layer::ConnectLayer::max_total), as
+    /// [`set_max_per_host`](Self::set_max_per_host) does per host.
     ///
     /// # Errors
     ///
     /// Fails if the maximum is zero. The setting is then unchanged.
-    pub fn set_max_total(&self, most: usize) -> Result<(), ConfigError> {
-        self.0.set_total(checked("max_total", most)?);
+    pub fn set_max_total(&self, max: usize) -> Result<(), ConfigError> {
+        self.0.set_max_total(one_or_more("max_total", max)?);
+        Ok(())
+    }
+
+    /// Changes the [length and the maximum wait of the queue](super::layer::ConnectLayer::queue). Applies to callers
+    /// that queue later.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the maximum wait is below 1 ms and the length is not 0. The settings are then unchanged.
+    pub fn set_queue(&self, length: usize, max_wait: Duration) -> Result<(), ConfigError> {
+        if length > 0 && max_wait < Duration::from_millis(1) {
+            let remedy = "use 1ms or more, or a length of 0";
+            return Err(ConfigError::new("queue.max_wait", max_wait, remedy));
+        }
+        self.0.settings.max_wait.store(nanos(max_wait), Ordering::Relaxed);
+        self.0.settings.queue_length.store(length, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Changes the [timeout of a connect](super::layer::ConnectLayer::connect_timeout). Applies to connects that begin
+    /// later.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the timeout is zero. The setting is then unchanged.
+    pub fn set_connect_timeout(
+        &self,
+        timeout: impl Into<Option<Duration>>,
+    ) -> Result<(), ConfigError> {
+        set_limit(&self.0.settings.connect_timeout, "connect_timeout", timeout.into())
+    }
+
+    /// Changes the [maximum age of a connection](super::layer::ConnectLayer::max_age). Applies to connections that are
+    /// opened later.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the maximum is zero. The setting is then unchanged.
+    pub fn set_max_age(&self, max: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
+        set_limit(&self.0.settings.max_age, "max_age", max.into())
+    }
+
+    /// Changes the [maximum idle time of a connection](super::layer::ConnectLayer::max_idle). Applies to connections
+    /// that are opened later.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the maximum is zero. The setting is then unchanged.
+    pub fn set_max_idle(&self, max: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
+        set_limit(&self.0.settings.max_idle, "max_idle", max.into())
+    }
+
+    /// Changes the [share by which age and idle time are shortened](super::layer::ConnectLayer::jitter). Applies to
+    /// connections that are opened later.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the share is not 0 to 0.9. The setting is then unchanged.
+    pub fn set_jitter(&self, share: f64) -> Result<(), ConfigError> {
+        if !(0.0..=0.9).contains(&share) {
+            return Err(ConfigError::new("jitter", share, "use 0 to 0.9"));
+        }
+        self.0.settings.jitter.store((share * 1000.0) as u32, Ordering::Relaxed);
         Ok(())
     }
 
     /// Closes every connection: an idle one at once, and one in use after its calls.
     ///
-    /// Later calls use new connections as far as the caps allow. Only connections of a [`Client`](super::client::Client) are
-    /// closed.
+    /// Later calls use new connections as far as the caps allow. Only connections of a
+    /// [`Client`](super::client::Client) are closed.
     pub fn recycle(&self) {
-        self.0.ask_all();
+        self.0.recycle();
     }
 }
 
-pub(super) fn checked(field: &'static str, most: usize) -> Result<usize, ConfigError> {
-    match most {
-        0 => Err(ConfigError::new(field, most, "use 1 or more")),
-        most => Ok(most),
+fn one_or_more(field: &'static str, max: usize) -> Result<usize, ConfigError> {
+    match max {
+        0 => Err(ConfigError::new(field, max, "use 1 or more")),
+        max => Ok(max),
     }
+}
+
+/// Stores the limit of a time. `None` means that there is no limit.
+fn set_limit(
+    setting: &AtomicU64,
+    field: &'static str,
+    time: Option<Duration>,
+) -> Result<(), ConfigError> {
+    let limit = match time {
+        Some(time) => nanos(ConfigError::above_zero(field, time)?),
+        None => NEVER,
+    };
+    setting.store(limit, Ordering::Relaxed);
+    Ok(())
 }
 
 impl fmt::Debug for ConnectHandle {

@@ -1,8 +1,8 @@
 //! The state of each host, and the entries of the callers that wait.
 //!
-//! A host is in the [`Book`](super::connections::Book) while it has users: calls, connects and open connections, each with a [`Guest`]. Users of
-//! one client share the [`Streams`] of this client. The last user removes the entries, so that their number is bounded by
-//! the number of users.
+//! A host is in the [`Hosts`](super::connections::Hosts) while it has users: calls, connects and open connections, each
+//! with a [`HostRef`]. Users of one client share the [`Streams`] of this client. The last user removes the entries, so
+//! that their number is bounded by the number of users.
 
 use std::sync::{
     Arc,
@@ -12,8 +12,8 @@ use std::sync::{
 use tokio::sync::Notify;
 
 use super::{
-    connections::Connections,
-    semaphore::{Gate, Place},
+    semaphore::{PermitPair, ShrinkableSemaphore},
+    state::ConnectState,
     streams::Streams,
 };
 use crate::{origin::Origin, time::Nanos};
@@ -23,22 +23,22 @@ pub(super) struct Host {
     id: u64,
     pub(super) origin: Origin,
     /// The permits of connections.
-    pub(super) gate: Arc<Gate>,
-    /// The checkout permits. The limit is that of `gate`.
-    pub(super) calls: Arc<Gate>,
-    /// The number of clients with an entry of this host in the book. Changes under its lock.
+    pub(super) permits: Arc<ShrinkableSemaphore>,
+    /// The checkout permits. The limit is that of `permits`.
+    pub(super) checkout_permits: Arc<ShrinkableSemaphore>,
+    /// The number of clients with an entry of this host in [`Hosts`](super::state::Hosts). Changes under its lock.
     clients: AtomicUsize,
     /// The number of callers that wait for a permit of the total.
     pub(super) waiting: AtomicUsize,
 }
 
 impl Host {
-    fn new(id: u64, origin: Origin, most: usize) -> Arc<Self> {
+    fn new(id: u64, origin: Origin, max: usize) -> Arc<Self> {
         Arc::new(Self {
             id,
             origin,
-            gate: Gate::new(most),
-            calls: Gate::new(most),
+            permits: ShrinkableSemaphore::new(max),
+            checkout_permits: ShrinkableSemaphore::new(max),
             clients: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
         })
@@ -48,10 +48,10 @@ impl Host {
     /// the setting again after it has resized.
     pub(super) fn resize(&self, per_host: &AtomicUsize) {
         loop {
-            let most = per_host.load(Ordering::SeqCst);
-            self.gate.resize(most);
-            self.calls.resize(most);
-            if per_host.load(Ordering::SeqCst) == most {
+            let max = per_host.load(Ordering::SeqCst);
+            self.permits.resize(max);
+            self.checkout_permits.resize(max);
+            if per_host.load(Ordering::SeqCst) == max {
                 return;
             }
         }
@@ -67,7 +67,8 @@ pub(super) enum HttpVersion {
     Http2,
 }
 
-/// The [`HttpVersion`] of a client and a host. A connection sets it with its first write. HTTP/1 does not replace HTTP/2.
+/// The [`HttpVersion`] of a client and a host. A connection sets it with its first write. HTTP/1 does not replace
+/// HTTP/2.
 #[derive(Debug, Default)]
 pub(super) struct HostVersion {
     version: AtomicU8,
@@ -121,42 +122,43 @@ impl HostVersion {
 
 /// A user of a host. The last one of a client removes the entry of the client, and the last one of all clients removes
 /// the host.
-pub(super) struct Guest {
-    pub(super) all: Arc<Connections>,
+pub(super) struct HostRef {
+    pub(super) shared: Arc<ConnectState>,
     pub(super) streams: Arc<Streams>,
 }
 
-impl Guest {
-    /// `owner` is the id of a [`Client`](super::client::Client), or [`NO_CLIENT`].
-    pub(super) fn register(all: &Arc<Connections>, origin: Origin, owner: u64) -> Self {
-        let mut book = all.book();
-        let is_last = |last: &&Arc<Streams>| last.owner == owner && last.host.origin == origin;
-        let streams = match book.last.as_ref().filter(is_last) {
+impl HostRef {
+    /// `client_id` is the id of a [`Client`](super::client::Client), or [`NO_CLIENT`].
+    pub(super) fn register(shared: &Arc<ConnectState>, origin: Origin, client_id: u64) -> Self {
+        let mut hosts = shared.hosts();
+        let is_last =
+            |last: &&Arc<Streams>| last.client_id == client_id && last.host.origin == origin;
+        let streams = match hosts.last.as_ref().filter(is_last) {
             Some(last) => last.clone(),
             None => {
-                let host = match book.hosts.get(&origin) {
+                let host = match hosts.by_origin.get(&origin) {
                     Some(known) => known.clone(),
                     None => {
-                        let id = book.next_id();
-                        let host = Host::new(id, origin.clone(), all.settings.per_host());
-                        book.hosts.insert(origin, host.clone());
-                        book.hosts_by_id.insert(id, host.clone());
+                        let id = hosts.next_id();
+                        let host = Host::new(id, origin.clone(), shared.settings.max_per_host());
+                        hosts.by_origin.insert(origin, host.clone());
+                        hosts.by_id.insert(id, host.clone());
                         host
                     }
                 };
-                let streams = book.clients.entry((host.id, owner)).or_insert_with(|| {
+                let streams = hosts.clients.entry((host.id, client_id)).or_insert_with(|| {
                     host.clients.fetch_add(1, Ordering::Relaxed);
-                    Arc::new(Streams::new(host, owner))
+                    Arc::new(Streams::new(host, client_id))
                 });
                 let streams = streams.clone();
-                book.last = Some(streams.clone());
+                hosts.last = Some(streams.clone());
                 streams
             }
         };
-        // Increment under the lock. `Guest::drop` reads `users` again under the lock before it removes the entry.
+        // Increment under the lock. `HostRef::drop` reads `users` again under the lock before it removes the entry.
         streams.users.fetch_add(1, Ordering::SeqCst);
-        drop(book);
-        Self { all: all.clone(), streams }
+        drop(hosts);
+        Self { shared: shared.clone(), streams }
     }
 
     pub(super) fn host(&self) -> &Arc<Host> {
@@ -166,32 +168,32 @@ impl Guest {
     /// Counts the caller as waiting for a permit of the total, and closes an idle connection of another host.
     ///
     /// The counters are raised before the search for an idle connection. A connection that becomes idle during the
-    /// search then reads them; see [`core`](super::connections).
-    pub(super) fn wait_elsewhere(&self) -> ForAll<'_> {
+    /// search then reads them; see [`state`](super::state).
+    pub(super) fn wait_for_total(&self) -> TotalWait<'_> {
         self.host().waiting.fetch_add(1, Ordering::SeqCst);
-        self.all.counts.for_all.fetch_add(1, Ordering::SeqCst);
-        self.all.make_room_for(self.host());
-        ForAll(self)
+        self.shared.counts.waiting_for_total.fetch_add(1, Ordering::SeqCst);
+        self.shared.close_idle_for(self.host());
+        TotalWait(self)
     }
 }
 
-impl Drop for Guest {
+impl Drop for HostRef {
     fn drop(&mut self) {
         let streams = &self.streams;
         if streams.users.fetch_sub(1, Ordering::SeqCst) > 1 {
             return;
         }
-        let mut book = self.all.book();
-        let key = (streams.host.id, streams.owner);
-        let is_this = book.clients.get(&key).is_some_and(|known| Arc::ptr_eq(known, streams));
+        let mut hosts = self.shared.hosts();
+        let key = (streams.host.id, streams.client_id);
+        let is_this = hosts.clients.get(&key).is_some_and(|known| Arc::ptr_eq(known, streams));
         if !is_this || streams.users.load(Ordering::SeqCst) > 0 {
             return;
         }
-        book.clients.remove(&key);
-        book.last.take_if(|last| Arc::ptr_eq(last, streams));
+        hosts.clients.remove(&key);
+        hosts.last.take_if(|last| Arc::ptr_eq(last, streams));
         if streams.host.clients.fetch_sub(1, Ordering::Relaxed) == 1 {
-            book.hosts.remove(&streams.host.origin);
-            book.hosts_by_id.remove(&streams.host.id);
+            hosts.by_origin.remove(&streams.host.origin);
+            hosts.by_id.remove(&streams.host.id);
         }
     }
 }
@@ -200,52 +202,50 @@ impl Drop for Guest {
 pub(super) const NO_CLIENT: u64 = 0;
 
 /// The permits and the host that an open connection holds.
-pub(super) struct Ticket {
-    // Declared before `guest`, so that it is dropped first. If the host left the book before its permits were released,
-    // a new entry of the same host would not count this connection.
-    pub(super) _places: (Place, Place),
-    pub(super) guest: Guest,
+pub(super) struct ConnPermits {
+    // Declared before `host_ref`, so that it is dropped first. If the entry of the host were removed before its permits
+    // were released, a new entry of the same host would not count this connection.
+    pub(super) _permits: PermitPair,
+    pub(super) host_ref: HostRef,
 }
 
 // ===== Queue entries =====
 
 /// The queue entry of a caller that waits for a permit or a stream.
-pub(super) struct Line<'a> {
-    guest: &'a Guest,
+pub(super) struct QueueEntry<'a> {
+    host_ref: &'a HostRef,
     since: Nanos,
 }
 
-impl<'a> Line<'a> {
+impl<'a> QueueEntry<'a> {
     /// Adds a queue entry. Returns `None` if the queue is full.
-    pub(super) fn join(guest: &'a Guest) -> Option<Self> {
-        let all = &*guest.all;
-        let longest = all.settings.queue();
-        let join = |waiting| (waiting < longest).then_some(waiting + 1);
-        all.counts.waiting.fetch_update(Ordering::AcqRel, Ordering::Relaxed, join).ok()?;
-        all.counts.waits.fetch_add(1, Ordering::Relaxed);
-        Some(Self { guest, since: all.clock.now() })
-    }
-
-    /// Counts this caller as waiting for a permit of the total.
-    pub(super) fn for_all(&self) -> ForAll<'a> {
-        self.guest.wait_elsewhere()
+    pub(super) fn join(host_ref: &'a HostRef) -> Option<Self> {
+        let shared = &*host_ref.shared;
+        let max = shared.settings.queue_length();
+        let join = |waiting| (waiting < max).then_some(waiting + 1);
+        shared.counts.waiting.fetch_update(Ordering::AcqRel, Ordering::Relaxed, join).ok()?;
+        shared.counts.waits.fetch_add(1, Ordering::Relaxed);
+        Some(Self { host_ref, since: shared.clock.now() })
     }
 }
 
-impl Drop for Line<'_> {
+impl Drop for QueueEntry<'_> {
     fn drop(&mut self) {
-        let all = &*self.guest.all;
-        all.counts.waiting.fetch_sub(1, Ordering::AcqRel);
-        all.counts.waited.fetch_add(all.clock.now().saturating_sub(self.since), Ordering::Relaxed);
+        let shared = &*self.host_ref.shared;
+        shared.counts.waiting.fetch_sub(1, Ordering::AcqRel);
+        shared
+            .counts
+            .waited
+            .fetch_add(shared.clock.now().saturating_sub(self.since), Ordering::Relaxed);
     }
 }
 
 /// A caller that waits for a permit of the total.
-pub(super) struct ForAll<'a>(&'a Guest);
+pub(super) struct TotalWait<'a>(&'a HostRef);
 
-impl Drop for ForAll<'_> {
+impl Drop for TotalWait<'_> {
     fn drop(&mut self) {
-        self.0.all.counts.for_all.fetch_sub(1, Ordering::SeqCst);
+        self.0.shared.counts.waiting_for_total.fetch_sub(1, Ordering::SeqCst);
         self.0.host().waiting.fetch_sub(1, Ordering::SeqCst);
     }
 }
@@ -256,20 +256,20 @@ mod tests {
 
     #[test]
     fn last_user_of_a_client_and_of_a_host_removes_their_entries() {
-        let all = Arc::new(Connections::new());
-        let guest = |uri: &str, owner| {
-            Guest::register(&all, Origin::of(&uri.parse().expect("a URI")), owner)
+        let shared = Arc::new(ConnectState::new());
+        let host_ref = |uri: &str, client_id| {
+            HostRef::register(&shared, Origin::of(&uri.parse().expect("a URI")), client_id)
         };
         let sizes = || {
-            let book = all.book();
-            (book.hosts.len(), book.hosts_by_id.len(), book.clients.len(), book.last.is_some())
+            let hosts = shared.hosts();
+            (hosts.by_origin.len(), hosts.by_id.len(), hosts.clients.len(), hosts.last.is_some())
         };
-        let one = guest("http://a", 1);
-        let (again, other) = (guest("http://a", 1), guest("http://a", 2));
+        let one = host_ref("http://a", 1);
+        let (again, other) = (host_ref("http://a", 1), host_ref("http://a", 2));
         assert!(Arc::ptr_eq(&one.streams, &again.streams));
         assert!(!Arc::ptr_eq(&one.streams, &other.streams));
         assert!(Arc::ptr_eq(one.host(), other.host()), "clients share the caps");
-        let elsewhere = guest("http://b", 1);
+        let elsewhere = host_ref("http://b", 1);
         assert_eq!(sizes(), (2, 2, 3, true));
         drop(one);
         assert_eq!(sizes(), (2, 2, 3, true));

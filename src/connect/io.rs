@@ -16,10 +16,10 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::{
-    conn::{Conn, Tag},
-    connections::Connections,
-    hosts::Ticket,
+    conn::{Conn, ConnTag},
+    hosts::ConnPermits,
     lifetime::{LifetimeVerdict, NEVER},
+    state::ConnectState,
     streams::Lane,
 };
 
@@ -32,22 +32,22 @@ pin_project! {
         #[pin]
         inner: T,
         // Declared after `inner`, so that the permits are released after the socket is closed.
-        seat: Seat,
+        open: OpenConn,
     }
 }
 
 /// The state of the connection, the timer of its limits, and its permits.
-struct Seat {
+struct OpenConn {
     conn: Arc<Conn>,
     has_written: bool,
     is_http2: bool,
     /// Of an HTTP/2 connection of a client.
     frames: Option<Box<PeerFrames>>,
-    look: Option<Pin<Box<Sleep>>>,
-    _ticket: Ticket,
+    timer: Option<Pin<Box<Sleep>>>,
+    _permits: ConnPermits,
 }
 
-impl Drop for Seat {
+impl Drop for OpenConn {
     fn drop(&mut self) {
         self.conn.close();
     }
@@ -56,20 +56,20 @@ impl Drop for Seat {
 impl<T> Io<T> {
     pub(super) fn new(
         inner: T,
-        all: &Arc<Connections>,
-        ticket: Ticket,
+        shared: &Arc<ConnectState>,
+        permits: ConnPermits,
         lane: Option<Lane>,
     ) -> Self {
-        let conn = Connections::open(all, &ticket.guest.streams, lane);
-        let seat = Seat {
+        let conn = ConnectState::open(shared, &permits.host_ref.streams, lane);
+        let open = OpenConn {
             conn,
             has_written: false,
             is_http2: false,
             frames: None,
-            look: None,
-            _ticket: ticket,
+            timer: None,
+            _permits: permits,
         };
-        Self { inner, seat }
+        Self { inner, open }
     }
 
     /// Returns the wrapped connection.
@@ -79,30 +79,30 @@ impl<T> Io<T> {
     }
 }
 
-impl Seat {
+impl OpenConn {
     /// Returns `Ready` if the connection is to be closed now.
-    fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.conn.is_leased() {
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.conn.reports_uses() {
             return Poll::Pending;
         }
         // Register the waker before reading the state: the end of a use changes the state and then wakes the waker.
-        self.conn.watch(cx.waker());
+        self.conn.register_waker(cx.waker());
         // hyper reads before it writes. If an HTTP/1 connection ends here, hyper returns the request unsent, and
         // hyper-util sends it over another connection.
         if self.conn.is_stale() && !self.is_http2 {
             return Poll::Ready(());
         }
-        if self.conn.why_over().is_none() {
-            if let Some(look) = &mut self.look {
-                ready!(look.as_mut().poll(cx));
+        if self.conn.close_reason().is_none() {
+            if let Some(timer) = &mut self.timer {
+                ready!(timer.as_mut().poll(cx));
             }
         }
         loop {
-            match self.conn.judge() {
+            match self.conn.verdict() {
                 LifetimeVerdict::Close(_) => return Poll::Ready(()),
                 LifetimeVerdict::Keep(NEVER) => return Poll::Pending,
                 LifetimeVerdict::Keep(after) => {
-                    ready!(self.look_after(Duration::from_nanos(after)).poll(cx));
+                    ready!(self.set_timer(Duration::from_nanos(after)).poll(cx));
                 }
             }
         }
@@ -115,22 +115,22 @@ impl Seat {
             self.is_http2 = bytes.starts_with(b"PRI ");
             if self.is_http2 {
                 self.conn.set_http2();
-                self.frames = self.conn.is_leased().then(Box::default);
+                self.frames = self.conn.reports_uses().then(Box::default);
             } else {
                 Conn::set_http1(&self.conn);
             }
         }
         if self.conn.is_stale() {
-            self.conn.keep_stale();
+            self.conn.serve_stale();
         }
     }
 
-    fn look_after(&mut self, time: Duration) -> Pin<&mut Sleep> {
+    fn set_timer(&mut self, time: Duration) -> Pin<&mut Sleep> {
         let at = Instant::now().checked_add(time).unwrap_or_else(Instant::now);
-        match &mut self.look {
-            Some(look) => {
-                look.as_mut().reset(at);
-                look.as_mut()
+        match &mut self.timer {
+            Some(timer) => {
+                timer.as_mut().reset(at);
+                timer.as_mut()
             }
             none => none.insert(Box::pin(sleep_until(at))).as_mut(),
         }
@@ -144,18 +144,18 @@ impl<T: Read> Read for Io<T> {
         buf: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.project();
-        let Seat { frames, conn, .. } = this.seat;
+        let OpenConn { frames, conn, .. } = this.open;
         let read = match frames {
             None => this.inner.poll_read(cx, buf),
             Some(frames) => frames.read(this.inner, cx, buf, |change| match change {
                 PeerChange::MaxStreams(max) => Conn::set_max_streams(conn, max),
-                PeerChange::GoAway => conn.leave(),
+                PeerChange::GoAway => conn.retire(),
             }),
         };
         if let Poll::Ready(read) = read {
             return Poll::Ready(read);
         }
-        ready!(this.seat.poll_over(cx));
+        ready!(this.open.poll_close(cx));
         // A read of no bytes is the end of the stream.
         Poll::Ready(Ok(()))
     }
@@ -168,7 +168,7 @@ impl<T: Write> Write for Io<T> {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.project();
-        this.seat.wrote(buf);
+        this.open.wrote(buf);
         this.inner.poll_write(cx, buf)
     }
 
@@ -190,7 +190,7 @@ impl<T: Write> Write for Io<T> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.project();
-        this.seat.wrote(bufs.iter().find(|buf| !buf.is_empty()).map_or(&[], |buf| buf));
+        this.open.wrote(bufs.iter().find(|buf| !buf.is_empty()).map_or(&[], |buf| buf));
         this.inner.poll_write_vectored(cx, bufs)
     }
 }
@@ -198,10 +198,10 @@ impl<T: Write> Write for Io<T> {
 impl<T: Connection> Connection for Io<T> {
     fn connected(&self) -> Connected {
         let connected = self.inner.connected();
-        if !self.seat.conn.is_leased() {
+        if !self.open.conn.reports_uses() {
             return connected;
         }
-        connected.extra(Tag::new(self.seat.conn.clone()))
+        connected.extra(ConnTag::new(self.open.conn.clone()))
     }
 }
 
@@ -354,7 +354,7 @@ mod tests {
         let (ack, goaway) = (frame(4, 1, &[]), frame(7, 0, &[0; 8]));
         let all = [&*first, &ack, &data, &other, &later, &data, &goaway, &data].concat();
         for (bytes, changes) in [
-            (&all, &[max(0x105), max(0x102), PeerChange::GoAway][..]),
+            (&shared, &[max(0x105), max(0x102), PeerChange::GoAway][..]),
             (&other, &[max(usize::MAX)]),
             (&frame(4, 0, &[]), &[max(usize::MAX)]),
         ] {

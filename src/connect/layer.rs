@@ -15,11 +15,9 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    connections::{ConnectCounts, Connections},
-    dial::UntrackedLayer,
-    handle::{ConnectHandle, checked},
+    handle::ConnectHandle,
     io::Io,
-    lifetime,
+    state::{ConnectCounts, ConnectState},
     streams::Lane,
 };
 use crate::{
@@ -31,13 +29,14 @@ use crate::{
 
 /// Bounds the connections that a connector opens, limits their times and counts them.
 ///
-/// Clones share the connections and the settings. A setter takes effect on all of them at once, where its
-/// documentation does not state otherwise. After an invalid setting, every connect fails as
+/// Clones share the connections and the settings. Before the layer has wrapped a connector, a setter takes effect on
+/// all clones. A setter after that returns a layer with connections and settings of its own; use the
+/// [handle](Self::handle) to change a running layer. After an invalid setting, every connect fails as
 /// [`Misconfigured`](crate::outcome::RejectedKind::Misconfigured); [`checked`](Self::checked) returns the error.
 #[must_use = "a layer does nothing until it wraps a connector"]
 #[derive(Clone, Debug)]
 pub struct ConnectLayer {
-    pub(super) all: Arc<Connections>,
+    pub(super) shared: Arc<ConnectState>,
     fault: Fault,
 }
 
@@ -51,17 +50,16 @@ impl ConnectLayer {
     /// Creates a layer with the [default settings](super#defaults): no caps, a connect timeout of 5 s, a maximum age of
     /// 5 minutes and a maximum idle time of 4 s, each of these two up to 20 % shorter by jitter.
     pub fn new() -> Self {
-        Self { all: Arc::new(Connections::new()), fault: Fault::default() }
+        Self { shared: Arc::new(ConnectState::new()), fault: Fault::default() }
     }
 
     /// Sets the maximum number of connections to one host (scheme, name and port), 1 or more. No limit by default.
     ///
     /// Connections that are being opened are included.
-    pub fn max_per_host(mut self, most: usize) -> Self {
-        if let Some(most) = self.accept(checked("max_per_host", most)) {
-            self.all.set_per_host(most);
-        }
-        self
+    ///
+    /// [`ConnectHandle::set_max_per_host`] changes it while the layer is in use.
+    pub fn max_per_host(self, max: usize) -> Self {
+        self.with(|handle| handle.set_max_per_host(max))
     }
 
     /// Sets the maximum number of connections to all hosts, 1 or more. No limit by default.
@@ -69,46 +67,35 @@ impl ConnectLayer {
     /// Connections that are being opened are included. At the maximum, an idle connection is closed if a call to
     /// another host waits. Over HTTP/2 set at least the number of hosts: a connection that always serves a call is
     /// never idle and is not closed for another host.
-    pub fn max_total(mut self, most: usize) -> Self {
-        if let Some(most) = self.accept(checked("max_total", most)) {
-            self.all.set_total(most);
-        }
-        self
+    ///
+    /// [`ConnectHandle::set_max_total`] changes it while the layer is in use.
+    pub fn max_total(self, max: usize) -> Self {
+        self.with(|handle| handle.set_max_total(max))
     }
 
     /// Sets the maximum number of callers in the queue and the maximum wait of each: 1024 and 5 s by default.
     ///
     /// A caller waits for a connection or for an HTTP/2 stream, first come, first served. It is rejected as
     /// [`Saturated`](crate::outcome::RejectedKind::Saturated) if the queue is full or its wait is over. A length of 0
-    /// rejects callers without a wait. Otherwise `longest_wait` has to be 1 ms or more. The settings apply to callers
-    /// that queue later.
-    pub fn queue(mut self, length: usize, longest_wait: Duration) -> Self {
-        let checked = if length > 0 && longest_wait < Duration::from_millis(1) {
-            let remedy = "use 1ms or more, or a length of 0";
-            Err(ConfigError::new("queue.longest_wait", longest_wait, remedy))
-        } else {
-            Ok(longest_wait)
-        };
-        if let Some(longest_wait) = self.accept(checked) {
-            self.all.set_queue(length, longest_wait);
-        }
-        self
+    /// rejects callers without a wait. Otherwise `max_wait` has to be 1 ms or more.
+    ///
+    /// [`ConnectHandle::set_queue`] changes it while the layer is in use.
+    pub fn queue(self, length: usize, max_wait: Duration) -> Self {
+        self.with(|handle| handle.set_queue(length, max_wait))
     }
 
     /// Sets the timeout of a connect, or `None`. 5 s by default.
     ///
     /// It begins when the connect has a permit, and includes everything that the wrapped connector does, such as the
-    /// DNS lookup and TLS. A [`TcpConnector`](super::tcp::TcpConnector) divides it among the addresses of a host. Any other
-    /// connector has to do this itself.
+    /// DNS lookup and TLS. A [`TcpConnector`](super::tcp::TcpConnector) divides it among the addresses of a host. Any
+    /// other connector has to do this itself.
     ///
     /// It also limits the wait of calls while [another call connects](super#streams-of-http2) to the same host. Without
     /// it these calls wait until that connect ends.
-    pub fn connect_timeout(mut self, longest: impl Into<Option<Duration>>) -> Self {
-        if let Some(longest) = self.accept(above_zero("connect_timeout", longest.into())) {
-            let settings = &self.all.settings;
-            settings.connect_timeout.store(lifetime::limit(longest), Ordering::Relaxed);
-        }
-        self
+    ///
+    /// [`ConnectHandle::set_connect_timeout`] changes it while the layer is in use.
+    pub fn connect_timeout(self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.with(|handle| handle.set_connect_timeout(timeout))
     }
 
     /// Sets the maximum age of a connection, or `None`. 5 minutes by default, so that changes of DNS take effect.
@@ -116,12 +103,10 @@ impl ConnectLayer {
     /// A connection in use is closed after its calls. Over HTTP/2 it takes new calls only while a cap leaves no room
     /// for another connection. Set each cap to one more than the number of connections that you need.
     ///
-    /// Applies to connections that are opened later. Only a [`Client`](super::client::Client) enforces it.
-    pub fn max_age(mut self, oldest: impl Into<Option<Duration>>) -> Self {
-        if let Some(oldest) = self.accept(above_zero("max_age", oldest.into())) {
-            self.all.settings.age.store(lifetime::limit(oldest), Ordering::Relaxed);
-        }
-        self
+    /// Only a [`Client`](super::client::Client) enforces it. [`ConnectHandle::set_max_age`] changes it while the layer
+    /// is in use.
+    pub fn max_age(self, max: impl Into<Option<Duration>>) -> Self {
+        self.with(|handle| handle.set_max_age(max))
     }
 
     /// Sets the maximum idle time of a connection, or `None`. 4 s by default.
@@ -129,49 +114,47 @@ impl ConnectLayer {
     /// Node.js, uvicorn and Apache close unused connections after 5 s. Set a shorter time than the keep-alive timeout
     /// of the server. Otherwise a request may be sent over a connection that the server is closing.
     ///
-    /// Applies to connections that are opened later. Only a [`Client`](super::client::Client) enforces it.
-    pub fn max_idle(mut self, longest: impl Into<Option<Duration>>) -> Self {
-        if let Some(longest) = self.accept(above_zero("max_idle", longest.into())) {
-            self.all.settings.idle.store(lifetime::limit(longest), Ordering::Relaxed);
-        }
-        self
+    /// Only a [`Client`](super::client::Client) enforces it. [`ConnectHandle::set_max_idle`] changes it while the layer
+    /// is in use.
+    pub fn max_idle(self, max: impl Into<Option<Duration>>) -> Self {
+        self.with(|handle| handle.set_max_idle(max))
     }
 
     /// Sets the maximum share by which the maximum age and idle time of a connection are shortened at random: 0 to 0.9,
     /// 0.2 by default.
     ///
-    /// Connections that were opened at the same time are then closed at different times. Applies to connections that
-    /// are opened later.
-    pub fn jitter(mut self, part: f64) -> Self {
-        let checked = match part {
-            part if (0.0..=0.9).contains(&part) => Ok((part * 1000.0) as u32),
-            part => Err(ConfigError::new("jitter", part, "use 0 to 0.9")),
-        };
-        if let Some(thousandths) = self.accept(checked) {
-            self.all.settings.jitter.store(thousandths, Ordering::Relaxed);
-        }
-        self
+    /// Connections that were opened at the same time are then closed at different times.
+    ///
+    /// [`ConnectHandle::set_jitter`] changes it while the layer is in use.
+    pub fn jitter(self, share: f64) -> Self {
+        self.with(|handle| handle.set_jitter(share))
     }
 
     /// Sets the name of this layer in rejections. Only the first call has an effect.
     pub fn name(self, name: &str) -> Self {
-        self.all.name(name);
+        if self.shared.has_name() {
+            return self;
+        }
+        self.with(|handle| {
+            handle.0.set_name(name);
+            Ok(())
+        })
+    }
+
+    /// Changes a setting: of the shared state before its first use, and later of a copy that only this layer has.
+    fn with(mut self, set: impl FnOnce(&ConnectHandle) -> Result<(), ConfigError>) -> Self {
+        if self.shared.is_in_use() {
+            self.shared = Arc::new(self.shared.fork());
+        }
+        let set = set(&self.handle());
+        self.accept(set);
         self
     }
 
-    /// Returns a handle that reads the state of the connections, changes the caps and renews the connections.
+    /// Returns a handle that reads the state of the connections, changes the settings and recycles the connections.
     #[must_use]
     pub fn handle(&self) -> ConnectHandle {
-        ConnectHandle(self.all.clone())
-    }
-
-    /// Returns the layer for connectors whose connections cannot be wrapped, such as reqwest's. It times and counts
-    /// connects.
-    ///
-    /// The layer cannot divide the connect timeout among the addresses of a host, because it observes one connect and
-    /// not its addresses. Set reqwest's `connect_timeout`, which is divided, to this timeout or a shorter one.
-    pub fn untracked(self) -> UntrackedLayer {
-        UntrackedLayer { connections: self }
+        ConnectHandle(self.shared.clone())
     }
 
     /// Returns the layer if all its settings are valid.
@@ -199,17 +182,12 @@ impl ConnectLayer {
         }
     }
 
-    /// Wraps a connector. `lane` is the lane of a [`Client`](super::client::Client), which reports each use of a connection.
+    /// Wraps a connector. `lane` is the lane of a [`Client`](super::client::Client), which reports each use of a
+    /// connection.
     pub(super) fn connector<C>(&self, inner: C, lane: Option<Lane>) -> Connector<C> {
+        self.shared.set_in_use();
         Connector { inner, layer: self.clone(), lane }
     }
-}
-
-pub(super) fn above_zero(
-    field: &'static str,
-    time: Option<Duration>,
-) -> Result<Option<Duration>, ConfigError> {
-    time.map(|time| ConfigError::above_zero(field, time)).transpose()
 }
 
 impl<C> Layer<C> for ConnectLayer {
@@ -234,6 +212,23 @@ pub struct Connector<C> {
 }
 
 impl<C> Connector<C> {
+    /// Returns the wrapped connector.
+    #[must_use]
+    pub fn get_ref(&self) -> &C {
+        &self.inner
+    }
+
+    /// Returns the wrapped connector.
+    pub fn get_mut(&mut self) -> &mut C {
+        &mut self.inner
+    }
+
+    /// Returns the wrapped connector.
+    #[must_use]
+    pub fn into_inner(self) -> C {
+        self.inner
+    }
+
     /// Returns the connector of another lane.
     pub(super) fn in_lane(self, lane: Lane) -> Self {
         Self { lane: Some(lane), ..self }
@@ -270,31 +265,31 @@ where
         let (layer, lane) = (self.layer.clone(), self.lane);
         ConnectFuture(Box::pin(async move {
             layer.sound()?;
-            let all = &layer.all;
-            let ticket = Connections::admit(all, Origin::of(&uri), lane).await?;
-            let io = dial(all, || inner.call(uri)).await?;
-            Ok(Io::new(io, all, ticket, lane))
+            let shared = &layer.shared;
+            let permits = ConnectState::admit(shared, Origin::of(&uri), lane).await?;
+            let io = dial(shared, || inner.call(uri)).await?;
+            Ok(Io::new(io, shared, permits, lane))
         }))
     }
 }
 
 /// Runs the connect of the wrapped connector within the connect timeout, and counts it.
 pub(super) async fn dial<F, T, E>(
-    all: &Connections,
+    shared: &ConnectState,
     connect: impl FnOnce() -> F,
 ) -> Result<T, BoxError>
 where
     F: Future<Output = Result<T, E>>,
     E: Into<BoxError>,
 {
-    let counts = &all.counts;
+    let counts = &shared.counts;
     let _connecting = Connecting::begin(counts);
-    let longest = all.connect_timeout().unwrap_or(Duration::MAX);
-    let (counter, error) = match timeout(longest, connect()).await {
+    let max = shared.connect_timeout().unwrap_or(Duration::MAX);
+    let (counter, error) = match timeout(max, connect()).await {
         Ok(Ok(io)) => return Ok(io),
         Ok(Err(error)) => (&counts.failed, error.into()),
         Err(_) => {
-            let error = io::Error::new(io::ErrorKind::TimedOut, ConnectTimedOut { longest });
+            let error = io::Error::new(io::ErrorKind::TimedOut, ConnectTimedOut { timeout: max });
             (&counts.timed_out, error.into())
         }
     };
@@ -320,12 +315,12 @@ impl Drop for Connecting<'_> {
 /// The inner error of the `io::Error` of kind `TimedOut` with which a connect fails after the connect timeout.
 #[derive(Debug)]
 struct ConnectTimedOut {
-    longest: Duration,
+    timeout: Duration,
 }
 
 impl fmt::Display for ConnectTimedOut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "not connected within {:?}", self.longest)
+        write!(f, "not connected within {:?}", self.timeout)
     }
 }
 

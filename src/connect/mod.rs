@@ -1,4 +1,4 @@
-//! A layer that bounds, renews and counts the connections of a connector, and a client that uses it.
+//! A layer that bounds, recycles and counts the connections of a connector, and a client that uses it.
 //!
 //! A pool without bounds opens a connection for each call that finds no idle one. It reuses connections that the server
 //! is about to close, and keeps connections to addresses that DNS no longer returns. It does not report any of this.
@@ -84,7 +84,7 @@
 //! | a connection | is closed |
 //! |---|---|
 //! | unused for [`max_idle`](ConnectLayer::max_idle) | at once; if its task has not run in time, before its next use |
-//! | as old as [`max_age`](ConnectLayer::max_age), [renewed](ConnectHandle::recycle), or used by a call with a 421 response | at once if idle, otherwise after its calls; no call begins on it, except over HTTP/2 while the caps leave no room for another connection |
+//! | as old as [`max_age`](ConnectLayer::max_age), [recycled](ConnectHandle::recycle), or used by a call with a 421 response | at once if idle, otherwise after its calls; no call begins on it, except over HTTP/2 while the caps leave no room for another connection |
 //! | idle, while a call to another host waits for a permit of the total | at once |
 //!
 //! If a request is assigned to a connection just when that connection is closed for one of these reasons, the request
@@ -125,6 +125,11 @@
 //! that call is dropped, the next of them connects; hyper's pool would fail them. If a call is served by another
 //! connection while its own connection is still being opened, the new connection is stored for the next call.
 //!
+//! # Changes while the layer is in use
+//!
+//! A [`ConnectHandle`] changes every setting of a running layer. A setter after the layer has built a service returns a
+//! layer with state of its own: with the same settings and name, and with no connections.
+//!
 //! # Defaults
 //!
 //! | setting | default |
@@ -155,7 +160,7 @@
 mod checkout;
 mod client;
 mod conn;
-mod connections;
+
 mod dial;
 mod executor;
 mod handle;
@@ -165,6 +170,7 @@ mod layer;
 mod lifetime;
 mod resolve;
 mod semaphore;
+mod state;
 mod streams;
 mod tcp;
 

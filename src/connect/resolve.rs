@@ -31,13 +31,13 @@ use tower_service::Service;
 const MAX_LOOKUPS: usize = 32;
 
 /// The result of a lookup, which several callers share.
-type Found = Result<Arc<[SocketAddr]>, Arc<io::Error>>;
+type LookupResult = Result<Arc<[SocketAddr]>, Arc<io::Error>>;
 
 /// The lookups of a [`ConnectLayer`](super::layer::ConnectLayer) in progress.
 pub(super) struct Lookups {
     permits: Arc<Semaphore>,
     /// The results of the lookups in progress, which are published when the lookups end.
-    by_host: Mutex<HashMap<Box<str>, watch::Receiver<Option<Found>>>>,
+    by_host: Mutex<HashMap<Box<str>, watch::Receiver<Option<LookupResult>>>>,
 }
 
 impl Lookups {
@@ -54,15 +54,15 @@ impl Lookups {
     /// Waits for the lookup of this host that is in progress, or starts one.
     async fn resolve(self: Arc<Self>, host: Box<str>) -> io::Result<Addresses> {
         let in_progress = self.by_host().get(&host).cloned();
-        let mut found = match in_progress {
-            Some(found) => found,
+        let mut result = match in_progress {
+            Some(result) => result,
             None => {
                 let permit = self.permits.clone().acquire_owned().await;
                 self.join_or_start(host, permit.map_err(io::Error::other)?)
             }
         };
-        let found = found.wait_for(Option::is_some).await;
-        match found.as_deref() {
+        let result = result.wait_for(Option::is_some).await;
+        match result.as_deref() {
             Ok(Some(Ok(addresses))) => Ok(Addresses { addresses: addresses.clone(), next: 0 }),
             Ok(Some(Err(error))) => Err(io::Error::new(error.kind(), SharedError(error.clone()))),
             // The runtime of the lookup is shutting down.
@@ -75,7 +75,7 @@ impl Lookups {
         self: &Arc<Self>,
         host: Box<str>,
         permit: OwnedSemaphorePermit,
-    ) -> watch::Receiver<Option<Found>> {
+    ) -> watch::Receiver<Option<LookupResult>> {
         let (sender, receiver) = watch::channel(None);
         {
             let mut by_host = self.by_host();
@@ -85,13 +85,13 @@ impl Lookups {
             by_host.insert(host.clone(), receiver.clone());
         }
         let lookups = self.clone();
-        let lookup = Lookup { lookups, host, found: None, sender, _permit: permit };
+        let lookup = Lookup { lookups, host, result: None, sender, _permit: permit };
         // The task is not awaited. It runs to its end without a caller, and releases the permit.
         drop(spawn_blocking(move || lookup.run()));
         receiver
     }
 
-    fn by_host(&self) -> MutexGuard<'_, HashMap<Box<str>, watch::Receiver<Option<Found>>>> {
+    fn by_host(&self) -> MutexGuard<'_, HashMap<Box<str>, watch::Receiver<Option<LookupResult>>>> {
         self.by_host.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -102,15 +102,15 @@ impl Lookups {
 struct Lookup {
     lookups: Arc<Lookups>,
     host: Box<str>,
-    found: Option<Found>,
-    sender: watch::Sender<Option<Found>>,
+    result: Option<LookupResult>,
+    sender: watch::Sender<Option<LookupResult>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Lookup {
     fn run(mut self) {
-        let found = (&*self.host, 0).to_socket_addrs();
-        self.found = Some(found.map(Iterator::collect).map_err(Arc::new));
+        let result = (&*self.host, 0).to_socket_addrs();
+        self.result = Some(result.map(Iterator::collect).map_err(Arc::new));
     }
 }
 
@@ -119,7 +119,7 @@ impl Drop for Lookup {
         let removed = self.lookups.by_host().remove(&self.host);
         // The lock has been released, because publishing runs the wakers of the callers.
         drop(removed);
-        self.sender.send_replace(self.found.take());
+        self.sender.send_replace(self.result.take());
     }
 }
 
@@ -144,10 +144,10 @@ impl Error for SharedError {
 /// The system's resolver (`getaddrinfo`) with a bounded number of lookups, for a
 /// [`TcpConnector`](super::tcp::TcpConnector).
 ///
-/// All clients of one [`ConnectLayer`](super::layer::ConnectLayer) together have a maximum of one lookup per host and 32
-/// lookups in total in progress. A lookup blocks a thread of tokio's blocking pool until the system responds, even if
-/// its caller has timed out. Another caller for the same host waits for the lookup in progress and shares its result.
-/// Results are not cached.
+/// All clients of one [`ConnectLayer`](super::layer::ConnectLayer) together have a maximum of one lookup per host and
+/// 32 lookups in total in progress. A lookup blocks a thread of tokio's blocking pool until the system responds, even
+/// if its caller has timed out. Another caller for the same host waits for the lookup in progress and shares its
+/// result. Results are not cached.
 ///
 /// # Cancellation
 ///

@@ -2,14 +2,15 @@
 //!
 //! hyper-util's client shares one HTTP/2 connection per host. A request beyond the peer's
 //! `SETTINGS_MAX_CONCURRENT_STREAMS` waits inside the connection, where no layer observes the wait. A
-//! [`Client`](super::client::Client) therefore has several of hyper-util's clients, its *lanes*, with one HTTP/2 connection per
-//! host each. A call takes a stream permit of one connection, and is then sent over the lane of that connection.
+//! [`Client`](super::client::Client) therefore has several of hyper-util's clients, its *lanes*, with one HTTP/2
+//! connection per host each. A call takes a stream permit of one connection, and is then sent over the lane of that
+//! connection.
 //!
-//! A call that finds no free stream queues at [`Streams::head`], behind the calls of the same client to the same host. Only the first call of the queue
-//! searches for a stream. [`Streams::notify`] wakes it after each change that may help it: a released stream, a
-//! connection whose SETTINGS arrived, a connection that is to be closed or has closed, a connect that ended. `Notify`
-//! stores one wake-up, so a change between a search and the wait is not lost. A call that arrives takes a stream
-//! directly only while no call is queued, so it does not overtake.
+//! A call that finds no free stream queues at [`Streams::head`], behind the calls of the same client to the same host.
+//! Only the first call of the queue searches for a stream. [`Streams::notify`] wakes it after each change that may help
+//! it: a released stream, a connection whose SETTINGS arrived, a connection that is to be closed or has closed, a
+//! connect that ended. `Notify` stores one wake-up, so a change between a search and the wait is not lost. A call that
+//! arrives takes a stream directly only while no call is queued, so it does not overtake.
 //!
 //! If the connect of an additional connection fails, its call queues again, and only waits for a stream. At the head of
 //! the queue it makes way for calls that may still open a connection.
@@ -20,7 +21,8 @@
 //!
 //! A connection is registered when its SETTINGS arrive, because its maximum is unknown before. While a call opens a
 //! connection ([`Opening`]), no other call opens one to the same host. The right passes from the call to the connection
-//! ([`Conn::hold`]) and ends with the SETTINGS, so that calls which queue meanwhile do not open further connections.
+//! ([`Conn::store_opening`]) and ends with the SETTINGS, so that calls which queue meanwhile do not open further
+//! connections.
 //!
 //! The SETTINGS may arrive before the call that opened the connection is polled again. [`Streams::register`] then
 //! reserves a stream for this call, so that other calls cannot take all streams.
@@ -42,8 +44,8 @@ use tokio::sync::Notify;
 
 use super::{
     conn::Conn,
-    hosts::{Guest, Host, HostVersion},
-    semaphore::{Gate, Place},
+    hosts::{Host, HostRef, HostVersion},
+    semaphore::{PermitPair, ShrinkableSemaphore},
 };
 
 /// The maximum number of HTTP/2 connections of a client to one host.
@@ -53,7 +55,7 @@ pub(super) const MAX_LANES: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Lane {
     /// The id of the [`Client`](super::client::Client).
-    pub(super) owner: u64,
+    pub(super) client_id: u64,
     pub(super) index: usize,
 }
 
@@ -62,11 +64,11 @@ pub(super) struct Lane {
 pub(super) struct Streams {
     pub(super) host: Arc<Host>,
     /// The id of the [`Client`](super::client::Client).
-    pub(super) owner: u64,
+    pub(super) client_id: u64,
     pub(super) version: HostVersion,
     /// The queue for a stream. The call with the only permit is the first call of the queue.
-    pub(super) head: Arc<Gate>,
-    /// The number of [`Guest`]s.
+    pub(super) head: Arc<ShrinkableSemaphore>,
+    /// The number of [`HostRef`]s.
     pub(super) users: AtomicUsize,
     state: Mutex<LaneState>,
     /// Wakes the first call of the queue.
@@ -86,29 +88,26 @@ struct LaneState {
     /// The lane in which a call opens a connection, if one does.
     opening: Option<Lane>,
     /// Reserved for the connection that it opens.
-    room: Option<Room>,
+    permits: Option<PermitPair>,
 }
-
-/// The permits of the host and of the total for one connection.
-pub(super) type Room = (Place, Place);
 
 /// What a call is to do.
 pub(super) enum Pick {
     Send(StreamPermit),
     Open(Opening),
-    /// Wait for a change. With `for_room`, a free permit for another connection is a change too.
+    /// Wait for a change. With `for_permits`, a free permit for another connection is a change too.
     Wait {
-        for_room: bool,
+        for_permits: bool,
     },
 }
 
 impl Streams {
-    pub(super) fn new(host: Arc<Host>, owner: u64) -> Self {
+    pub(super) fn new(host: Arc<Host>, client_id: u64) -> Self {
         Self {
             host,
-            owner,
+            client_id,
             version: HostVersion::default(),
-            head: Gate::new(1),
+            head: ShrinkableSemaphore::new(1),
             users: AtomicUsize::new(0),
             state: Mutex::default(),
             changed: Notify::new(),
@@ -127,13 +126,13 @@ impl Streams {
     }
 
     /// Adds a call to the queue, until the guard is dropped.
-    pub(super) fn queue(&self, may_add: bool) -> Queued<'_> {
+    pub(super) fn queue(&self, may_add: bool) -> StreamQueueGuard<'_> {
         let before = self.queued.fetch_add(1, Ordering::SeqCst);
         if may_add && self.queued_may_add.fetch_add(1, Ordering::SeqCst) < before {
             // The first call may have to make way for this one.
             self.notify();
         }
-        Queued { streams: self, may_add }
+        StreamQueueGuard { streams: self, may_add }
     }
 
     /// Returns whether a call in the queue may open an additional connection.
@@ -141,30 +140,30 @@ impl Streams {
         self.queued_may_add.load(Ordering::SeqCst) > 0
     }
 
-    /// Decides what the first call of the queue is to do. It opens an additional connection only with `room` for it, and
-    /// only if `may_add`.
-    pub(super) fn pick(self: &Arc<Self>, room: &mut Option<Room>, may_add: bool) -> Pick {
+    /// Decides what the first call of the queue is to do. It opens an additional connection only with `permits` for it,
+    /// and only if `may_add`.
+    pub(super) fn pick(self: &Arc<Self>, permits: &mut Option<PermitPair>, may_add: bool) -> Pick {
         let mut state = self.state();
         if let Some(permit) = state.try_take() {
             return Pick::Send(permit);
         }
         if state.opening.is_some() {
-            return Pick::Wait { for_room: false };
+            return Pick::Wait { for_permits: false };
         }
         let is_additional = state.is_up();
-        if is_additional && (room.is_none() || !may_add) {
-            return Pick::Wait { for_room: may_add };
+        if is_additional && (permits.is_none() || !may_add) {
+            return Pick::Wait { for_permits: may_add };
         }
         let Some(index) = state.free_lane() else {
             // A connection that is over serves on. The first call over it leaves it, and its lane is free.
             return match state.take(|_| true) {
                 Some(permit) => Pick::Send(permit),
-                None => Pick::Wait { for_room: false },
+                None => Pick::Wait { for_permits: false },
             };
         };
-        let lane = Lane { owner: self.owner, index };
+        let lane = Lane { client_id: self.client_id, index };
         state.opening = Some(lane);
-        state.room = room.take();
+        state.permits = permits.take();
         Pick::Open(Opening { client: self.clone(), lane, is_additional })
     }
 
@@ -174,7 +173,7 @@ impl Streams {
         if state.opening.is_some() {
             return None;
         }
-        let lane = Lane { owner: self.owner, index: state.free_lane()? };
+        let lane = Lane { client_id: self.client_id, index: state.free_lane()? };
         state.opening = Some(lane);
         Some(Opening { client: self.clone(), lane, is_additional: false })
     }
@@ -213,13 +212,13 @@ impl Streams {
     }
 
     /// Leaves the connections of a lane that has another one now.
-    pub(super) fn leave_lane(&self, lane: Option<Lane>) {
-        let any_left = {
+    pub(super) fn retire_lane(&self, lane: Option<Lane>) {
+        let any_retired = {
             let state = self.state();
             let of_lane = state.open.iter().filter(|conn| lane.is_some() && conn.lane() == lane);
-            of_lane.filter(|conn| conn.set_left()).count() > 0
+            of_lane.filter(|conn| conn.set_retired()).count() > 0
         };
-        if any_left {
+        if any_retired {
             self.notify();
         }
     }
@@ -235,28 +234,32 @@ impl Streams {
     }
 
     /// Takes the room for the connection that is opened in this lane, if the call has reserved it.
-    pub(super) fn take_room(&self, lane: Lane) -> Option<Room> {
+    pub(super) fn take_permits(&self, lane: Lane) -> Option<PermitPair> {
         let mut state = self.state();
-        if state.opening == Some(lane) { state.room.take() } else { None }
+        if state.opening == Some(lane) { state.permits.take() } else { None }
     }
 
     /// Waits until there may be a stream, or until there is room for another connection.
     ///
-    /// The room is kept for the connection. If it were released, two hosts that wait for it would hand it to and fro, and
-    /// neither would open a connection.
-    pub(super) async fn changed(&self, guest: &Guest, for_room: bool) -> Option<Room> {
+    /// The room is kept for the connection. If it were released, two hosts that wait for it would hand it to and fro,
+    /// and neither would open a connection.
+    pub(super) async fn changed(
+        &self,
+        host_ref: &HostRef,
+        for_permits: bool,
+    ) -> Option<PermitPair> {
         let mut changed = pin!(self.changed.notified());
-        let mut room = pin!(async {
-            let all = &guest.all;
-            let own = self.host.gate.enter().await;
-            if let Some(total) = all.try_enter_total() {
+        let mut permits = pin!(async {
+            let shared = &host_ref.shared;
+            let own = self.host.permits.acquire().await;
+            if let Some(total) = shared.try_acquire_total() {
                 return (own, total);
             }
-            let _elsewhere = guest.wait_elsewhere();
-            (own, all.enter_total().await)
+            let _total_wait = host_ref.wait_for_total();
+            (own, shared.acquire_total().await)
         });
         poll_fn(|cx| match changed.as_mut().poll(cx) {
-            Poll::Pending if for_room => room.as_mut().poll(cx).map(Some),
+            Poll::Pending if for_permits => permits.as_mut().poll(cx).map(Some),
             polled => polled.map(|()| None),
         })
         .await
@@ -268,12 +271,12 @@ impl Streams {
 }
 
 /// A call in the queue.
-pub(super) struct Queued<'a> {
+pub(super) struct StreamQueueGuard<'a> {
     streams: &'a Streams,
     may_add: bool,
 }
 
-impl Drop for Queued<'_> {
+impl Drop for StreamQueueGuard<'_> {
     fn drop(&mut self) {
         self.streams.queued_may_add.fetch_sub(usize::from(self.may_add), Ordering::SeqCst);
         self.streams.queued.fetch_sub(1, Ordering::SeqCst);
@@ -283,23 +286,23 @@ impl Drop for Queued<'_> {
 impl LaneState {
     /// Returns the connections that take calls.
     fn in_use(&self) -> impl Iterator<Item = &Arc<Conn>> {
-        self.open.iter().filter(|conn| !conn.is_left())
+        self.open.iter().filter(|conn| !conn.is_retired())
     }
 
-    /// Prefers a connection that is not over, so that one that is over becomes idle and is closed.
+    /// Prefers a connection that is not to be closed, so that one that is to be closed becomes idle and is closed.
     fn try_take(&self) -> Option<StreamPermit> {
-        self.take(|conn| conn.why_over().is_none())
-            .or_else(|| self.take(|conn| !conn.is_to_be_left()))
+        self.take(|conn| conn.close_reason().is_none())
+            .or_else(|| self.take(|conn| !conn.must_retire()))
     }
 
     fn take(&self, may_take: impl Fn(&Conn) -> bool) -> Option<StreamPermit> {
         let conn = self.in_use().find(|conn| may_take(conn) && conn.try_take_stream())?;
-        Some(StreamPermit { conn: conn.clone(), is_kept: false })
+        Some(StreamPermit { conn: conn.clone(), is_forgotten: false })
     }
 
-    /// If every lane has a connection, no other can be opened, and calls wait for these although they are over.
+    /// If every lane has a connection, no other can be opened, and calls wait for these although they are to be closed.
     fn is_up(&self) -> bool {
-        self.in_use().any(|conn| !conn.is_to_be_left()) || self.free_lane().is_none()
+        self.in_use().any(|conn| !conn.must_retire()) || self.free_lane().is_none()
     }
 
     /// Returns a lane for a new connection. A lane without a connection is preferred to one whose connection takes no
@@ -310,7 +313,7 @@ impl LaneState {
             if let Some(lane) = conn.lane() {
                 let index = lane.index % MAX_LANES;
                 has_any[index] = true;
-                is_used[index] |= !conn.is_left();
+                is_used[index] |= !conn.is_retired();
             }
         }
         let free = |lanes: &[bool]| lanes.iter().position(|is_used| !is_used);
@@ -321,14 +324,14 @@ impl LaneState {
 /// The permit to send one call over an HTTP/2 connection.
 pub(super) struct StreamPermit {
     conn: Arc<Conn>,
-    is_kept: bool,
+    is_forgotten: bool,
 }
 
 impl StreamPermit {
     /// Takes a stream of a connection that a call already uses, whether or not one is free.
     pub(super) fn seize(conn: &Arc<Conn>) -> Self {
         conn.seize_stream();
-        Self { conn: conn.clone(), is_kept: false }
+        Self { conn: conn.clone(), is_forgotten: false }
     }
 
     pub(super) fn lane(&self) -> Option<Lane> {
@@ -340,19 +343,19 @@ impl StreamPermit {
     }
 
     /// Returns whether the call may be sent over another connection.
-    pub(super) fn is_left(&self) -> bool {
-        self.conn.is_left()
+    pub(super) fn is_retired(&self) -> bool {
+        self.conn.is_retired()
     }
 
     /// Leaves it to the end of the call to release the stream.
-    pub(super) fn keep(mut self) {
-        self.is_kept = true;
+    pub(super) fn forget(mut self) {
+        self.is_forgotten = true;
     }
 }
 
 impl Drop for StreamPermit {
     fn drop(&mut self) {
-        if !self.is_kept {
+        if !self.is_forgotten {
             self.conn.release_stream();
         }
     }
@@ -385,7 +388,7 @@ impl Drop for Opening {
             for conn in state.open.iter().filter(|conn| conn.lane() == Some(self.lane)) {
                 conn.release_reserved();
             }
-            state.room.take()
+            state.permits.take()
         };
         // Without the lock: this runs the wakers of other calls.
         drop(unused);

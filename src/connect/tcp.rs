@@ -11,10 +11,11 @@ use http::Uri;
 use hyper_util::client::legacy::connect::HttpConnector;
 use tower_service::Service;
 
-use super::{connections::Connections, resolve::Resolver};
+use super::{resolve::Resolver, state::ConnectState};
 
-/// hyper-util's [`HttpConnector`], which divides the [connect timeout](super::layer::ConnectLayer::connect_timeout) among the
-/// addresses of a host. Made by [`ClientBuilder::tcp_connector`](super::client::ClientBuilder::tcp_connector).
+/// hyper-util's [`HttpConnector`], which divides the [connect timeout](super::layer::ConnectLayer::connect_timeout)
+/// among the addresses of a host. Made by
+/// [`ClientBuilder::tcp_connector`](super::client::ClientBuilder::tcp_connector).
 ///
 /// An address that does not respond uses only its part of the timeout. The connector then tries the next address. If a
 /// host has IPv4 and IPv6 addresses, the family of the first address has a head start of 300 ms or a quarter of the
@@ -24,15 +25,15 @@ use super::{connections::Connections, resolve::Resolver};
 #[derive(Clone)]
 pub struct TcpConnector<R = Resolver> {
     http: HttpConnector<R>,
-    all: Arc<Connections>,
+    shared: Arc<ConnectState>,
 }
 
 /// The maximum head start of the first address family: the default of hyper-util.
 const MAX_HEAD_START: Duration = Duration::from_millis(300);
 
 impl<R> TcpConnector<R> {
-    pub(super) fn new(http: HttpConnector<R>, all: &Arc<Connections>) -> Self {
-        Self { http, all: all.clone() }
+    pub(super) fn new(http: HttpConnector<R>, shared: &Arc<ConnectState>) -> Self {
+        Self { http, shared: shared.clone() }
     }
 
     /// Accepts `https` URIs too, for a TLS connector around this one. Without a TLS connector, it sends the requests of
@@ -45,7 +46,7 @@ impl<R> TcpConnector<R> {
 
     /// Passes the current connect timeout to the wrapped connector.
     fn divide(&mut self) {
-        let max = self.all.connect_timeout();
+        let max = self.shared.connect_timeout();
         // The layer ends the connect after the whole timeout. The sum of the parts is slightly greater, so that a
         // connect whose last address does not respond is counted as timed out and not as failed.
         let divided = max.map(|max| max + max / 16 + Duration::from_millis(5));
@@ -75,7 +76,7 @@ where
 
 impl<R> fmt::Debug for TcpConnector<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let max = self.all.connect_timeout();
+        let max = self.shared.connect_timeout();
         f.debug_struct("TcpConnector").field("connect_timeout", &max).finish_non_exhaustive()
     }
 }

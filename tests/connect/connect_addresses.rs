@@ -166,7 +166,7 @@ async fn change_of_the_connect_timeout_applies_to_later_connects() {
     let (port, _black_holes) = serve_at_last(&addresses).await;
     let layer = ConnectLayer::new().connect_timeout(SECOND * 60);
     let client = client_of!(layer.clone(), addresses);
-    drop(layer.connect_timeout(ms(400)));
+    layer.handle().set_connect_timeout(ms(400)).unwrap();
     let response = soon(client.request(get_from("search", port))).await.unwrap();
     assert_eq!(response.status(), 200);
 }

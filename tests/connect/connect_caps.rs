@@ -231,7 +231,7 @@ fn settings_that_cannot_work_are_told() {
     let field = |layer: ConnectLayer| layer.checked().unwrap_err().field;
     assert_eq!(field(ConnectLayer::new().max_per_host(0)), "max_per_host");
     assert_eq!(field(ConnectLayer::new().max_total(0)), "max_total");
-    assert_eq!(field(ConnectLayer::new().queue(1, Duration::ZERO)), "queue.longest_wait");
+    assert_eq!(field(ConnectLayer::new().queue(1, Duration::ZERO)), "queue.max_wait");
     assert_eq!(field(ConnectLayer::new().connect_timeout(Duration::ZERO)), "connect_timeout");
     assert_eq!(field(ConnectLayer::new().max_age(Duration::ZERO)), "max_age");
     assert_eq!(field(ConnectLayer::new().max_idle(Duration::ZERO)), "max_idle");
@@ -248,4 +248,65 @@ async fn a_stack_built_without_asking_refuses_to_connect() {
     let error = ask(&client(&layer, &pipes), "http://a/").await.unwrap_err();
     assert_eq!(refusal(&error).kind(), RejectedKind::Misconfigured);
     assert_eq!(pipes.open.total(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn setter_after_the_first_use_returns_a_layer_with_state_of_its_own() {
+    let layer = ConnectLayer::new().queue(0, Duration::ZERO).name("search");
+    let before_use = layer.handle();
+    let layer = layer.max_per_host(1);
+    assert_eq!(
+        before_use.snapshot().max_per_host,
+        Some(1),
+        "the state is shared before the first use"
+    );
+
+    let pipes = Pipes::default();
+    let first = client(&layer, &pipes);
+    let fork = layer.clone().max_per_host(2);
+    let (handle, fork_handle) = (layer.handle(), fork.handle());
+    let _held = tokio::spawn(first.request(request("http://a/slow")));
+    settle().await;
+    assert_eq!((handle.snapshot().max_per_host, handle.snapshot().open), (Some(1), 1));
+    assert_eq!((fork_handle.snapshot().max_per_host, fork_handle.snapshot().open), (Some(2), 0));
+    assert_eq!(refusal(&ask(&first, "http://a/").await.unwrap_err()).name(), Some("search"));
+
+    let second = client(&fork, &pipes);
+    let _held = [(); 2].map(|()| tokio::spawn(second.request(request("http://a/slow"))));
+    settle().await;
+    assert_eq!(fork_handle.snapshot().open, 2);
+    let error = ask(&second, "http://a/").await.unwrap_err();
+    assert_eq!(refusal(&error).kind(), RejectedKind::Saturated, "the fork has the same queue");
+    assert_eq!(refusal(&error).name(), Some("search"));
+
+    handle.set_max_per_host(2).unwrap();
+    let _held = tokio::spawn(first.request(request("http://a/slow")));
+    settle().await;
+    assert_eq!(handle.snapshot().open, 2, "the handle changes the running layer");
+}
+
+#[test]
+fn handle_rejects_the_settings_that_the_layer_rejects() {
+    let handle = ConnectLayer::new().handle();
+    let rejected = [
+        handle.set_max_per_host(0),
+        handle.set_max_total(0),
+        handle.set_queue(1, Duration::ZERO),
+        handle.set_connect_timeout(Duration::ZERO),
+        handle.set_max_age(Duration::ZERO),
+        handle.set_max_idle(Duration::ZERO),
+        handle.set_jitter(1.0),
+    ];
+    let fields = [
+        "max_per_host",
+        "max_total",
+        "queue.max_wait",
+        "connect_timeout",
+        "max_age",
+        "max_idle",
+        "jitter",
+    ];
+    assert_eq!(rejected.map(|error| error.unwrap_err().field), fields);
+    handle.set_queue(0, Duration::ZERO).unwrap();
+    handle.set_max_age(None).unwrap();
 }
