@@ -15,7 +15,7 @@ use std::fmt;
 
 use crate::{
     outcome::{Eos, HealthCall, Outcome, Reason, Rejected, SentMark, grpc, http as rule},
-    permit::{StateRef, Permit, ReleaseAt, TrackedBody},
+    permit::{Permit, ReleaseAt, StateRef, TrackedBody},
     time::Deadline,
 };
 use http::{HeaderMap, Request, Response, StatusCode};
@@ -59,7 +59,6 @@ pub trait Classifier<Req, Res, E>: Clone + Send + Sync + 'static {
     }
 
     /// Returns which health call the request is, if a health registry of this process serves `grpc.health.v1`.
-    #[cfg(feature = "limit")]
     fn health_call(&self, request: &Req) -> Option<HealthCall> {
         let _ = request;
         None
@@ -185,7 +184,6 @@ where
         request.extensions().get().cloned()
     }
 
-    #[cfg(feature = "limit")]
     #[inline]
     fn health_call(&self, request: &Request<ReqB>) -> Option<HealthCall> {
         grpc::health_call(request)
@@ -259,7 +257,6 @@ where
         request.extensions().get().cloned()
     }
 
-    #[cfg(feature = "limit")]
     #[inline]
     fn health_call(&self, request: &Request<ReqB>) -> Option<HealthCall> {
         grpc::health_call(request)
@@ -404,7 +401,6 @@ where
         request.extensions().get().cloned()
     }
 
-    #[cfg(feature = "limit")]
     #[inline]
     fn health_call(&self, request: &Request<ReqB>) -> Option<HealthCall> {
         grpc::health_call(request)

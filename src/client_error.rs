@@ -1,6 +1,5 @@
 use std::{error::Error, fmt};
 
-#[cfg(feature = "retry")]
 use crate::attempt::Attempts;
 use crate::{
     error::{BoxError, Chain},
@@ -96,7 +95,6 @@ impl ClientError {
     }
 
     /// Returns the record of the attempts, if a retry gave up on the call.
-    #[cfg(feature = "retry")]
     #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
     #[must_use]
     pub fn attempts(&self) -> Option<Attempts> {
@@ -123,7 +121,6 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Request => "invalid request or failed request body",
             ClientErrorKind::Connect | ClientErrorKind::Transport => "call failed",
         })?;
-        #[cfg(feature = "retry")]
         if let Some(Attempts { made, sent, .. }) = self.attempts() {
             if made > 1 {
                 write!(f, " after {made} attempts")?;

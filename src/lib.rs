@@ -236,31 +236,25 @@
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
 //! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; `buttress::client` needs `connect` too, `buttress::grpc` needs `tonic` |
 //! | `tower-http` | | classification by a classifier of `tower_http::classify` |
-//! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; a rejection has a `tonic::Status` as its source; needs Rust 1.88 |
-//! | `tonic-health` | | `grpc.health.v1` from the [`Health`] registry; a rejection has a `tonic::Status` as its source; needs Rust 1.88 |
+//! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; a rejection has a `tonic::Status` as its source; `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |
 //! | `full` | | all of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
 #![warn(missing_docs, missing_debug_implementations, unreachable_pub, rust_2018_idioms)]
-// With a subset of the features, parts of the common modules are unused, and some links of the docs lead to items that
-// do not exist. A build with all features finds unused code and broken links.
-#![cfg_attr(
-    not(feature = "full"),
-    allow(
-        dead_code,
-        unreachable_pub,
-        unused_imports,
-        unused_macros,
-        rustdoc::broken_intra_doc_links
-    )
-)]
+// Without all features, some links of the docs lead to items that do not exist.
+#![cfg_attr(not(feature = "full"), allow(rustdoc::broken_intra_doc_links))]
 
+// The shared modules are always built. With a subset of the features, some of their items are unused.
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod admission;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod attempt;
 #[cfg(feature = "breaker")]
 #[cfg_attr(docsrs, doc(cfg(feature = "breaker")))]
 pub mod breaker;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 pub mod classify;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod client_error;
 #[cfg(feature = "config")]
 #[cfg_attr(docsrs, doc(cfg(feature = "config")))]
@@ -271,9 +265,13 @@ pub mod connect;
 #[cfg(feature = "timeout")]
 #[cfg_attr(docsrs, doc(cfg(feature = "timeout")))]
 pub mod deadline;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod drain;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod error;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod event;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod fault;
 #[cfg(feature = "health")]
 #[cfg_attr(docsrs, doc(cfg(feature = "health")))]
@@ -281,6 +279,7 @@ pub mod health;
 #[cfg(feature = "retry")]
 #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
 pub mod hedge;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod indicator;
 #[cfg(feature = "lifecycle")]
 #[cfg_attr(docsrs, doc(cfg(feature = "lifecycle")))]
@@ -291,13 +290,18 @@ pub mod limit;
 #[cfg(any(feature = "listener", feature = "serve"))]
 #[cfg_attr(docsrs, doc(cfg(feature = "listener")))]
 pub mod listener;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod origin;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 pub mod outcome;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 pub mod permit;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod redact;
 #[cfg(feature = "reqwest")]
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub mod reqwest;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 pub mod respond;
 #[cfg(feature = "retry")]
 #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
@@ -305,11 +309,14 @@ pub mod retry;
 #[cfg(feature = "stack")]
 #[cfg_attr(docsrs, doc(cfg(feature = "stack")))]
 pub mod stack;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod sync;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod time;
 #[cfg(feature = "timeout")]
 #[cfg_attr(docsrs, doc(cfg(feature = "timeout")))]
 pub mod timeout;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod user_code;
 
 #[cfg(feature = "breaker")]

@@ -27,7 +27,6 @@ impl Origin {
     }
 
     /// Returns a copy that has no userinfo and shares no memory with the URI.
-    #[cfg(feature = "breaker")]
     pub(crate) fn detached(&self) -> Self {
         let scheme = self.scheme.as_ref().and_then(|scheme| scheme.as_str().parse().ok());
         let host = self.host();
@@ -117,7 +116,6 @@ mod tests {
         assert_eq!(all.len(), 7);
     }
 
-    #[cfg(feature = "breaker")]
     #[test]
     fn detached_origin_is_equal_and_has_no_userinfo() {
         let uris = [

@@ -11,7 +11,6 @@ use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
 use super::{Admit, Policy, Terms, closed::ClosedWatch};
-#[cfg(feature = "limit")]
 use crate::outcome::HealthCall;
 use crate::{
     classify::{Classifier, Protocol},
@@ -252,7 +251,6 @@ impl<Req, M: Classifier<Req, Res, E>, Res, E> Terms for RequestTerms<'_, Req, M,
         self.protocol.sent_mark(self.request)
     }
 
-    #[cfg(feature = "limit")]
     #[inline]
     fn health_call(&self) -> Option<HealthCall> {
         self.protocol.health_call(self.request)

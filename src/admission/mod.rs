@@ -26,7 +26,6 @@ pub(crate) use self::{
     layer::{Plan, admission_layer},
     service::Admission,
 };
-#[cfg(feature = "limit")]
 use crate::outcome::HealthCall;
 use crate::{
     outcome::{LayerKind, Rejected, RejectedKind, SentMark},
@@ -55,7 +54,6 @@ pub trait Terms {
     fn sent_mark(&self) -> Option<SentMark>;
 
     /// Returns which health call the request is, if a health registry of this process serves `grpc.health.v1`.
-    #[cfg(feature = "limit")]
     fn health_call(&self) -> Option<HealthCall>;
 }
 

@@ -63,12 +63,10 @@ impl<S, P, M, R> Admission<S, P, M, R> {
         }
     }
 
-    #[cfg(feature = "lifecycle")]
     pub(crate) fn inner_mut(&mut self) -> &mut S {
         &mut self.inner
     }
 
-    #[cfg(feature = "lifecycle")]
     pub(crate) fn into_inner(self) -> S {
         self.inner
     }

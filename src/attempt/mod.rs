@@ -15,6 +15,8 @@ mod replay;
 mod token_bucket;
 mod verdict;
 
+#[cfg(feature = "reqwest")]
+pub use self::protocol::Reqwest;
 pub(crate) use self::{
     attempt::{AttemptFuture, Head, earns_deposit, is_good},
     core::{Core, lock},
@@ -33,7 +35,7 @@ pub use self::{
     give_up::GiveUpReason,
     hedged::{HedgeAttempt, Hedged},
     peeked_body::PeekedBody,
-    protocol::{Replay, Reqwest},
+    protocol::Replay,
     record::{Attempt, AttemptRecord, Attempts, RetryError},
     replay::ReplayBody,
     token_bucket::Withdrawal,

@@ -120,7 +120,7 @@
 //! [`TimeoutLayer`](crate::timeout::TimeoutLayer), a `RetryLayer` and a deadline layer that enforces the deadline treat an error
 //! of the client or a `CANCELLED` of the server as the expiry of the deadline, if it arrives at most 1 ms before the
 //! deadline or later. A generated client receives this code with a [`RespondLayer`](crate::respond::RespondLayer), or with the
-//! feature `tonic` or `tonic-health`.
+//! feature `tonic`.
 
 mod codec;
 mod handle;

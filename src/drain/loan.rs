@@ -29,14 +29,14 @@ pub(crate) struct Loan(Arc<dyn Reclaim>);
 
 impl Loan {
     /// Lends the body of a request that a server received: axum's (feature `axum`) or tonic's (features `tonic` and
-    /// `tonic-health`). Returns `None` for all others, and if the body has ended.
+    /// `tonic`). Returns `None` for all others, and if the body has ended.
     pub(crate) fn of<B: 'static>(request: &mut Request<B>) -> Option<Self> {
         let request: &mut dyn Any = request;
         #[cfg(feature = "axum")]
         if let Some(request) = request.downcast_mut() {
             return boxed::lend(request, axum::body::Body::new);
         }
-        #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+        #[cfg(feature = "tonic")]
         if let Some(request) = request.downcast_mut() {
             return boxed::lend(request, tonic::body::Body::new);
         }
@@ -62,7 +62,7 @@ trait Reclaim: Send + Sync {
     fn drain(&self) -> bool;
 }
 
-#[cfg(any(feature = "axum", feature = "tonic", feature = "tonic-health"))]
+#[cfg(any(feature = "axum", feature = "tonic"))]
 mod boxed {
     use std::{
         mem,

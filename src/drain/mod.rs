@@ -20,7 +20,7 @@
 //!
 //! The layers are generic in the body of the request and do not require `Body + Send`, so the bodies of servers are
 //! recognized by their type: hyper's `Incoming` (feature `hyper`), axum's (feature `axum`) and tonic's (features
-//! `tonic` and `tonic-health`). All other bodies are dropped. tonic uses one type on both sides, see
+//! `tonic`). All other bodies are dropped. tonic uses one type on both sides, see
 //! [`is_from_tonic_client`].
 //!
 //! After `Expect: 100-continue` the client waits for an invitation, which hyper sends when the body is polled for the
@@ -43,7 +43,7 @@ pub(crate) use self::{
 };
 
 use http::{Request, Version, header};
-#[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
+#[cfg(any(feature = "hyper", feature = "axum"))]
 use {
     http_body::Body,
     std::future::poll_fn,
@@ -76,7 +76,7 @@ pub(crate) fn drain_request<Req: 'static>(request: Req) -> bool {
     if let Some(request) = downcast::<axum::body::Body>(request) {
         return drain_body_of(request);
     }
-    #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+    #[cfg(feature = "tonic")]
     if let Some(request) = downcast::<tonic::body::Body>(request) {
         return drain_body_of(request);
     }
@@ -84,12 +84,12 @@ pub(crate) fn drain_request<Req: 'static>(request: Req) -> bool {
     false
 }
 
-#[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
+#[cfg(any(feature = "hyper", feature = "axum"))]
 fn downcast<B: 'static>(request: &mut dyn Any) -> Option<Request<B>> {
     request.downcast_mut().and_then(Option::take)
 }
 
-#[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
+#[cfg(any(feature = "hyper", feature = "axum"))]
 fn drain_body_of<B>(request: Request<B>) -> bool
 where
     B: Body<Data: Send, Error: Send> + Send + Unpin + 'static,
@@ -138,7 +138,7 @@ fn expects_continue<B>(request: &Request<B>) -> bool {
 /// The channel adds the authority after all layers. A request that a server received over HTTP/2 has one
 /// (RFC 9113 §8.3.1).
 fn is_from_tonic_client<B: 'static>(request: &Request<B>) -> bool {
-    #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+    #[cfg(feature = "tonic")]
     if std::any::TypeId::of::<B>() == std::any::TypeId::of::<tonic::body::Body>() {
         return request.version() == Version::HTTP_2 && request.uri().authority().is_none();
     }
@@ -147,14 +147,13 @@ fn is_from_tonic_client<B: 'static>(request: &Request<B>) -> bool {
 }
 
 /// Returns whether [`drain_pinned`] can drain a body of this type.
-#[cfg(feature = "timeout")]
 pub(crate) fn can_drain_pinned<B: 'static>() -> bool {
     let body = std::any::TypeId::of::<B>();
     #[cfg(feature = "axum")]
     if body == std::any::TypeId::of::<axum::body::Body>() {
         return true;
     }
-    #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+    #[cfg(feature = "tonic")]
     if body == std::any::TypeId::of::<tonic::body::Body>() {
         return true;
     }
@@ -163,9 +162,8 @@ pub(crate) fn can_drain_pinned<B: 'static>() -> bool {
 }
 
 /// Drains `body` if `B` is axum's or tonic's body. Returns whether it is drained.
-#[cfg(feature = "timeout")]
 pub(crate) fn drain_pinned<B: 'static>(body: Pin<&mut B>) -> bool {
-    #[cfg(any(feature = "axum", feature = "tonic", feature = "tonic-health"))]
+    #[cfg(any(feature = "axum", feature = "tonic"))]
     fn of<B: Body<Data: Send, Error: Send> + Default + Send + Unpin + 'static>(
         body: Pin<&mut B>,
     ) -> bool {
@@ -178,9 +176,9 @@ pub(crate) fn drain_pinned<B: 'static>(body: Pin<&mut B>) -> bool {
     if let Some(drain) = (&function as &dyn Any).downcast_ref::<fn(Pin<&mut B>) -> bool>() {
         return drain(body);
     }
-    #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+    #[cfg(feature = "tonic")]
     let function: fn(Pin<&mut tonic::body::Body>) -> bool = of;
-    #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+    #[cfg(feature = "tonic")]
     if let Some(drain) = (&function as &dyn Any).downcast_ref::<fn(Pin<&mut B>) -> bool>() {
         return drain(body);
     }
@@ -191,7 +189,7 @@ pub(crate) fn drain_pinned<B: 'static>(body: Pin<&mut B>) -> bool {
 /// Reads `body` to its end in a task of its own, within the bounds of the [module](self).
 ///
 /// Drops it and returns `false` if it has ended, outside of a Tokio runtime, and above the cap.
-#[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
+#[cfg(any(feature = "hyper", feature = "axum"))]
 pub(crate) fn drain<B>(body: B) -> bool
 where
     B: Body<Data: Send, Error: Send> + Send + Unpin + 'static,
@@ -224,10 +222,10 @@ thread_local! {
 }
 
 /// A body that is being drained. Its destructor marks the drop of the body, so that it starts no second drain.
-#[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
+#[cfg(any(feature = "hyper", feature = "axum"))]
 struct DrainedBody<B>(Option<B>);
 
-#[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
+#[cfg(any(feature = "hyper", feature = "axum"))]
 impl<B> Drop for DrainedBody<B> {
     fn drop(&mut self) {
         let before = DROPS_DRAINED.replace(true);
@@ -469,7 +467,6 @@ mod tests {
         assert_eq!(Handle::current().metrics().num_alive_tasks(), 0);
     }
 
-    #[cfg(feature = "timeout")]
     #[tokio::test(start_paused = true)]
     async fn pinned_body_of_a_server_is_drained() {
         assert!(can_drain_pinned::<AxumBody>());

@@ -130,7 +130,7 @@
 //! health. Other paths and methods pass through. [`Health::service`] serves the same endpoints on a separate port, or
 //! in axum's `route_service` and `nest_service`.
 //!
-//! With the feature `tonic-health`, `Health::grpc` serves `Check` and `Watch` of `grpc.health.v1` from the same checks.
+//! With the feature `tonic`, `Health::grpc` serves `Check` and `Watch` of `grpc.health.v1` from the same checks.
 //! A [concurrency limit](crate::limit#health-checks) around the server exempts these calls, so that watchers hold no
 //! permits, and a server whose limit is reached still responds.
 //!
@@ -186,7 +186,7 @@ mod endpoints;
 mod entry;
 mod fail_open;
 mod gate;
-#[cfg(feature = "tonic-health")]
+#[cfg(feature = "tonic")]
 mod grpc;
 mod handle;
 mod json;
@@ -199,8 +199,8 @@ mod response;
 mod schedule;
 mod threshold;
 
-#[cfg(feature = "tonic-health")]
-#[cfg_attr(docsrs, doc(cfg(feature = "tonic-health")))]
+#[cfg(feature = "tonic")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tonic")))]
 pub use self::grpc::{GrpcHealth, HealthWatch};
 pub use self::{
     check::Check,

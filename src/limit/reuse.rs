@@ -28,7 +28,7 @@ use super::{adaptive::Teller, limiter::Limiter};
 use crate::{
     fault::LayerName,
     outcome::{Rejected, RejectedKind},
-    permit::{ShardOrSlot, Idle, Permit, ShardedArc, Token},
+    permit::{Idle, Permit, ShardOrSlot, ShardedArc, Token},
 };
 
 /// A reference to a limit, held by its layers, services, handles and waiting calls.

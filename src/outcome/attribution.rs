@@ -307,7 +307,6 @@ pub(crate) fn request_mark() {
 /// Runs `poll_ready` of an inner service, and returns whether an inner layer has requested a mark. The flag
 /// stays set for the next outer layer, also if it was set before.
 #[inline]
-#[cfg(feature = "retry")]
 pub(crate) fn is_mark_requested<T>(poll_ready: impl FnOnce() -> T) -> (T, bool) {
     struct Restore(bool);
 
@@ -380,10 +379,8 @@ impl WaitsFor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DropCause {
     /// A timeout of this duration has expired, or an operator deadline (`None`).
-    #[cfg(any(feature = "retry", feature = "timeout"))]
     TimedOut(Option<Duration>),
     /// Another attempt of the same call has won.
-    #[cfg(feature = "retry")]
     Superseded,
 }
 
@@ -391,7 +388,6 @@ thread_local! {
     static DROP_CAUSE: Cell<Option<DropCause>> = const { Cell::new(None) };
 }
 
-#[cfg(any(feature = "retry", feature = "timeout"))]
 impl DropCause {
     /// Runs `drop`, which drops inner calls for this cause.
     pub(crate) fn during<T>(self, drop: impl FnOnce() -> T) -> T {
@@ -422,7 +418,6 @@ impl DropCause {
 pub(crate) fn dropped(clock: UpstreamClock) -> Outcome {
     match DROP_CAUSE.get() {
         None => Outcome::cancelled(),
-        #[cfg(any(feature = "retry", feature = "timeout"))]
         Some(DropCause::TimedOut(limit)) => {
             let had_half_of = |limit: Duration| {
                 clock.elapsed(Instant::now()).is_none_or(|elapsed| elapsed >= limit / 2)
@@ -432,7 +427,6 @@ pub(crate) fn dropped(clock: UpstreamClock) -> Outcome {
                 _ => Outcome::failure().because(Reason::Timeout),
             }
         }
-        #[cfg(feature = "retry")]
         Some(DropCause::Superseded) => Outcome::cancelled().because(Reason::Superseded),
     }
 }

@@ -1,10 +1,8 @@
 //! gRPC: which calls are gRPC, and the outcome of a gRPC status in the head, in the trailers, or mapped from the HTTP
 //! status.
 
-#[cfg(any(feature = "limit", feature = "tonic-health"))]
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-#[cfg(feature = "limit")]
 use http::Request;
 use http::{HeaderMap, Method, StatusCode, header};
 
@@ -39,7 +37,6 @@ pub(crate) fn is_grpc_call(method: &Method, headers: &HeaderMap) -> bool {
 // ===== Health calls =====
 
 /// A call of `grpc.health.v1.Health`.
-#[cfg(feature = "limit")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HealthCall {
     /// Requests one status.
@@ -49,18 +46,16 @@ pub enum HealthCall {
 }
 
 /// Whether a health registry of this process serves `grpc.health.v1`.
-#[cfg(any(feature = "limit", feature = "tonic-health"))]
 static SERVES_HEALTH: AtomicBool = AtomicBool::new(false);
 
 /// Records that a health registry of this process serves `grpc.health.v1`.
-#[cfg(feature = "tonic-health")]
+#[cfg(feature = "tonic")]
 pub(crate) fn set_serves_health() {
     SERVES_HEALTH.store(true, Relaxed);
 }
 
 /// Returns which health call the request is. `None` if it is another call, or if no health registry of this process
 /// serves `grpc.health.v1`: then nothing else of the request is read.
-#[cfg(feature = "limit")]
 #[inline]
 pub(crate) fn health_call<B>(request: &Request<B>) -> Option<HealthCall> {
     if !SERVES_HEALTH.load(Relaxed) {
@@ -119,7 +114,6 @@ pub(crate) const fn of_rejected(kind: RejectedKind) -> u16 {
 }
 
 /// Returns whether the head of a gRPC response has the status `CANCELLED`.
-#[cfg(any(feature = "retry", feature = "timeout"))]
 pub(crate) fn is_cancelled(headers: &HeaderMap) -> bool {
     code(headers) == Some(CANCELLED) && is_grpc(headers)
 }

@@ -257,7 +257,6 @@ struct Transport {
 
 impl Transport {
     fn record(&mut self, error: &(dyn Error + 'static)) {
-        #[cfg(feature = "connect")]
         if let Some(error) = error.downcast_ref::<super::connection::ConnectionError>() {
             self.is_reused = Some(error.is_reused());
         }
@@ -313,7 +312,7 @@ fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Caus
         }
         return (error.is_body() || error.is_decode()).then_some(Cause::failure(Reason::Body));
     }
-    #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+    #[cfg(feature = "tonic")]
     if error.is::<tonic::TimeoutExpired>() {
         return Some(Cause::failure(Reason::Timeout));
     }

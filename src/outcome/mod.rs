@@ -63,13 +63,13 @@ mod outcome;
 mod rejected;
 mod rejected_kind;
 pub(crate) mod retry_after;
-#[cfg(any(feature = "tonic", feature = "tonic-health"))]
+#[cfg(feature = "tonic")]
 mod tonic_status;
 
 pub(crate) use self::attribution::DropCause;
 pub(crate) use self::attribution::is_mark_requested;
 pub(crate) use self::connection::{ConnectionError, RetiredConnection};
-#[cfg(any(feature = "tonic", feature = "tonic-health"))]
+#[cfg(feature = "tonic")]
 pub(crate) use self::tonic_status::is_timeout_of_tonic;
 pub use self::{
     attribution::SentMark,

@@ -132,7 +132,6 @@ impl Reason {
     }
 
     /// Returns whether the reason states more than that the call failed.
-    #[cfg(feature = "retry")]
     pub(crate) const fn is_told(self) -> bool {
         !matches!(self, Self::Error | Self::Reported)
     }
@@ -261,7 +260,6 @@ impl Outcome {
     }
 
     /// Returns whether the outcome proves that the upstream sent a response.
-    #[cfg(any(feature = "breaker", feature = "retry"))]
     pub(crate) const fn has_response(&self) -> bool {
         matches!(self.kind, OutcomeKind::Success | OutcomeKind::Throttled)
             || matches!(

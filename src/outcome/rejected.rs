@@ -9,7 +9,7 @@ use crate::{error, fault::LayerName, time::DeadlineSource};
 /// [`Rejected::find`] finds it anywhere in a chain of sources. In a stack that responds, it is in the extensions of the
 /// response.
 ///
-/// With the feature `tonic` or `tonic-health`, its source is a `tonic::Status` with the code that a response would have
+/// With the feature `tonic`, its source is a `tonic::Status` with the code that a response would have
 /// (`UNAVAILABLE`, `DEADLINE_EXCEEDED`, `RESOURCE_EXHAUSTED`). A generated client then fails with that code although no
 /// layer responds. The status carries no pushback. The source of [`Misconfigured`](RejectedKind::Misconfigured) is the
 /// [`ConfigError`](crate::ConfigError), which tonic reports as `UNKNOWN`.
@@ -26,24 +26,15 @@ pub struct Rejected {
 /// The layers that reject calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LayerKind {
-    #[cfg(feature = "breaker")]
     CircuitBreaker,
-    #[cfg(feature = "limit")]
     ConcurrencyLimit,
-    #[cfg(feature = "health")]
     HealthProbe,
-    #[cfg(feature = "lifecycle")]
     Lifecycle,
-    #[cfg(feature = "retry")]
     Retry,
-    #[cfg(feature = "connect")]
     Connect,
-    #[cfg(feature = "timeout")]
     Timeout,
     /// A timeout around a service of this server: the server itself was too slow, and no upstream.
-    #[cfg(feature = "timeout")]
     ServerTimeout,
-    #[cfg(feature = "timeout")]
     Deadline,
     /// The application, by [`Rejected::new`].
     User,
@@ -52,23 +43,14 @@ pub enum LayerKind {
 impl LayerKind {
     const fn as_str(self) -> &'static str {
         match self {
-            #[cfg(feature = "breaker")]
             Self::CircuitBreaker => "circuit_breaker",
-            #[cfg(feature = "limit")]
             Self::ConcurrencyLimit => "concurrency_limit",
-            #[cfg(feature = "health")]
             Self::HealthProbe => "health_probe",
-            #[cfg(feature = "lifecycle")]
             Self::Lifecycle => "lifecycle",
-            #[cfg(feature = "retry")]
             Self::Retry => "retry",
-            #[cfg(feature = "connect")]
             Self::Connect => "connect",
-            #[cfg(feature = "timeout")]
             Self::Timeout => "timeout",
-            #[cfg(feature = "timeout")]
             Self::ServerTimeout => "server_timeout",
-            #[cfg(feature = "timeout")]
             Self::Deadline => "deadline",
             Self::User => "user",
         }
@@ -142,7 +124,6 @@ impl Rejected {
         self.layer.as_str()
     }
 
-    #[cfg(any(feature = "retry", feature = "timeout"))]
     pub(crate) fn with_deadline_source(mut self, source: Option<DeadlineSource>) -> Self {
         self.marks |= match source {
             None => 0,
@@ -159,7 +140,6 @@ impl Rejected {
     }
 
     /// Returns whether the body of the rejected request is drained.
-    #[cfg(feature = "lifecycle")]
     pub(crate) const fn is_draining(&self) -> bool {
         self.marks & DRAINS != 0
     }
@@ -185,10 +165,7 @@ impl Rejected {
 
     /// Returns whether this server was too slow, and no upstream.
     pub(crate) const fn is_by_server(&self) -> bool {
-        #[cfg(feature = "timeout")]
-        return matches!(self.layer, LayerKind::ServerTimeout);
-        #[cfg(not(feature = "timeout"))]
-        false
+        matches!(self.layer, LayerKind::ServerTimeout)
     }
 
     /// Returns the name of the layer, if it has one.
@@ -243,9 +220,9 @@ impl Error for Rejected {
         if let Some(fault) = self.label.as_deref().and_then(|label| label.fault.as_ref()) {
             return Some(&fault.error);
         }
-        #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+        #[cfg(feature = "tonic")]
         return Some(super::tonic_status::of(self.kind));
-        #[cfg(not(any(feature = "tonic", feature = "tonic-health")))]
+        #[cfg(not(feature = "tonic"))]
         None
     }
 }

@@ -103,7 +103,6 @@ pin_project! {
 
 impl<B: Body> TrackedBody<B> {
     /// Returns a body that releases `permit` at its end.
-    #[cfg(feature = "connect")]
     pub(crate) fn new(body: B, permit: Permit, eos: Eos) -> Self {
         let mut tracked = Self::untracked(body);
         tracked.track(permit, eos);

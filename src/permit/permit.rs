@@ -362,14 +362,12 @@ impl<G: StateRef> Permit<G> {
     }
 
     /// Returns the record of the admission.
-    #[cfg(any(feature = "breaker", feature = "limit"))]
     #[inline]
     pub(crate) fn token(&self) -> Token {
         self.token
     }
 
     /// Copies the clock and the record of the call from the lent permit.
-    #[cfg(feature = "limit")]
     pub(crate) fn with_record_of<L: StateRef>(mut self, lent: &Permit<L>) -> Self {
         self.token.clock = lent.token.clock;
         self.context = lent.context;
@@ -377,7 +375,6 @@ impl<G: StateRef> Permit<G> {
     }
 
     /// Replaces the clock of a lent permit by the clock of its call permit.
-    #[cfg(feature = "limit")]
     pub(crate) fn replace_clock(&mut self, clock: UpstreamClock) {
         self.token.clock = clock;
     }

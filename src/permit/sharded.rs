@@ -55,7 +55,6 @@ impl<T> ShardedArc<T> {
     }
 
     /// Returns the state. A clone of it is counted in the state's own reference count.
-    #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit"))]
     pub(crate) fn state(&self) -> &Arc<T> {
         &self.0.state
     }
@@ -109,7 +108,6 @@ impl<T: Release> ShardedRef<T> {
     }
 }
 
-#[cfg(feature = "breaker")]
 impl<T> ShardedRef<T> {
     /// Returns a state with a single shard, for states that exist in large numbers.
     pub(crate) fn alone(state: T) -> Self {

@@ -27,7 +27,6 @@ pub(crate) fn during<O>(poll: impl FnOnce() -> O) -> O {
 }
 
 /// Returns whether the flag is set, and clears it: the outermost timeout layer ends the body.
-#[cfg(feature = "timeout")]
 #[inline]
 pub(crate) fn take() -> bool {
     IS_UNREAD.get() && IS_UNREAD.replace(false)

@@ -28,7 +28,7 @@ use crate::{
 /// your own that fails with [`Rejected::new`]. A gateway returns such a response to its own caller.
 ///
 /// A tonic client receives `UNAVAILABLE`, `RESOURCE_EXHAUSTED` or `DEADLINE_EXCEEDED` with the pushback. Without this
-/// layer it receives the code without the pushback if the feature `tonic` or `tonic-health` is on, and otherwise
+/// layer it receives the code without the pushback if the feature `tonic` is on, and otherwise
 /// `UNKNOWN`. With one of these features, a call that the timer of a tonic channel ends is `DEADLINE_EXCEEDED` instead
 /// of tonic's `CANCELLED`.
 ///
@@ -208,11 +208,11 @@ where
 
 /// Returns whether the timer of a tonic channel, which expires by `grpc-timeout` or `Endpoint::timeout`, ended the
 /// call. tonic reports this as `CANCELLED`.
-#[cfg(any(feature = "tonic", feature = "tonic-health"))]
+#[cfg(feature = "tonic")]
 fn is_timer_of_client<E: 'static>(error: &E) -> bool {
     crate::outcome::known(error).is_some_and(crate::outcome::is_timeout_of_tonic)
 }
-#[cfg(not(any(feature = "tonic", feature = "tonic-health")))]
+#[cfg(not(feature = "tonic"))]
 fn is_timer_of_client<E: 'static>(_: &E) -> bool {
     false
 }
@@ -228,11 +228,8 @@ fn deadline_exceeded(form: ResponseFormat) -> Response<Bytes> {
 }
 
 /// Stores the record of the attempts in the extensions of the response.
-#[cfg(feature = "retry")]
 fn tell_attempts<E: 'static>(error: &E, answer: &mut Response<Bytes>) {
     if let Some(attempts) = crate::outcome::known(error).and_then(crate::attempt::Attempts::find) {
         answer.extensions_mut().insert(attempts);
     }
 }
-#[cfg(not(feature = "retry"))]
-fn tell_attempts<E: 'static>(_: &E, _: &mut Response<Bytes>) {}

@@ -220,7 +220,7 @@ impl<Req, Res, E: Into<BoxError>> RejectSealed<Req, Res, E> for AsError {
 /// body, or whose body has been read, costs nothing.
 ///
 /// The bodies that are drained are those of servers: hyper's `Incoming` (feature `hyper`), axum's (feature `axum`) and
-/// tonic's (features `tonic` and `tonic-health`). Layers that time out drain axum's and tonic's only. Bodies of other
+/// tonic's (feature `tonic`). Layers that time out drain axum's and tonic's only. Bodies of other
 /// types are dropped. After `Expect: 100-continue` a body is drained only if it has been polled, because the first poll
 /// would invite the client to send it (RFC 9110 §10.1.1). [`RespondWith`] and
 /// [`RespondLayer`](super::layer::RespondLayer) drain in the same way. Around a client, a rejected request with a body of
@@ -515,11 +515,8 @@ mod tests {
             RejectedKind::Misconfigured,
         ];
         for kind in kinds.into_iter().chain(phases) {
-            let by = [
-                Rejected::new(kind),
-                #[cfg(feature = "timeout")]
-                Rejected::by(crate::outcome::LayerKind::ServerTimeout, kind),
-            ];
+            let by =
+                [Rejected::new(kind), Rejected::by(crate::outcome::LayerKind::ServerTimeout, kind)];
             for (rejected, form) in
                 by.into_iter().zip([ResponseFormat::Json, ResponseFormat::Empty])
             {

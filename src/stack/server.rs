@@ -31,7 +31,7 @@ use crate::{
 /// # Ok(()) }
 /// ```
 ///
-/// With the feature `axum` (for tonic `tonic-health`), the timeout of the response head begins when the request has
+/// With the feature `axum` (for tonic `tonic`), the timeout of the response head begins when the request has
 /// been received. Without it, the timeout begins with the call, and long uploads need a longer `timeout_head`.
 ///
 /// # Slow clients
@@ -41,7 +41,7 @@ use crate::{
 /// `limit_max_unread` (60 s, or a quarter more) releases its permit. If the client reads on, the response fails; under
 /// `axum::serve` its connection remains. Both are off if the configuration is loaded with `streaming = true`, unless
 /// they are set. Event streams and WebSockets that the client reads stay open in any case. The minimum rate applies
-/// only to bodies of axum (feature `axum`) and of tonic (feature `tonic-health`).
+/// only to bodies of axum (feature `axum`) and of tonic (feature `tonic`).
 ///
 /// gRPC requests over HTTP/2 are exempt from the minimum rate, because their streams may pause, and any client can
 /// send their content type. A server without a gRPC service should set `timeout_min_body_rate_for_grpc`; any other can

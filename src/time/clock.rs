@@ -78,7 +78,6 @@ pub(crate) struct CallClock {
 
 impl CallClock {
     /// Begins a call on this thread. A guard within another guard changes nothing.
-    #[cfg(feature = "timeout")]
     #[inline]
     pub(crate) fn begin() -> Self {
         let outermost = READING.get().is_none();
@@ -90,7 +89,6 @@ impl CallClock {
 
     /// Discards the reading of the current call. Called in `poll_ready`: if that runs within a call, the reading may be
     /// old, and the call that follows `poll_ready` may come much later.
-    #[cfg(feature = "timeout")]
     #[inline]
     pub(crate) fn invalidate() {
         if let Some(Some(_)) = READING.get() {

@@ -143,13 +143,11 @@ impl Deadline {
     }
 
     /// Returns the same deadline, marked as set by a layer.
-    #[cfg(feature = "timeout")]
     pub(crate) const fn by_layer(self) -> Self {
         Self { is_by_layer: true, ..self }
     }
 
     /// Returns whether the application set the deadline itself.
-    #[cfg(feature = "timeout")]
     pub(crate) const fn is_of_application(&self) -> bool {
         matches!(self.source, DeadlineSource::Operator) && !self.is_by_layer
     }
@@ -161,7 +159,6 @@ impl Deadline {
     }
 
     /// Returns the same deadline, earlier by `time`.
-    #[cfg(feature = "timeout")]
     pub(crate) fn earlier_by(self, time: Duration) -> Self {
         Self { at: self.at.checked_sub(time).unwrap_or(self.at), ..self }
     }

@@ -4,13 +4,13 @@
 use std::sync::Arc;
 
 use http::Request;
-#[cfg(any(feature = "axum", feature = "tonic-health"))]
+#[cfg(any(feature = "axum", feature = "tonic"))]
 use {http_body::Body, std::any::Any};
 
-#[cfg(any(feature = "axum", feature = "tonic-health"))]
+#[cfg(any(feature = "axum", feature = "tonic"))]
 use super::upload::{SendingBody, drains};
 use super::{body_rate::BodyRate, timers::CallTimers, upload::Upload};
-#[cfg(any(feature = "axum", feature = "tonic-health"))]
+#[cfg(any(feature = "axum", feature = "tonic"))]
 use crate::error::BoxError;
 
 /// Watches the body of this request if it is axum's or tonic's, with that feature. If `responds`, the body is drained
@@ -21,14 +21,14 @@ pub(super) fn watch<B: 'static>(
     rate: BodyRate,
     responds: bool,
 ) -> Option<Arc<Upload>> {
-    #[cfg(any(feature = "axum", feature = "tonic-health"))]
+    #[cfg(any(feature = "axum", feature = "tonic"))]
     {
         let request: &mut dyn Any = request;
         #[cfg(feature = "axum")]
         if let Some(request) = request.downcast_mut() {
             return watch_boxed(request, timers, rate, responds, axum::body::Body::new);
         }
-        #[cfg(feature = "tonic-health")]
+        #[cfg(feature = "tonic")]
         if let Some(request) = request.downcast_mut() {
             return watch_boxed(request, timers, rate, responds, tonic::body::Body::new);
         }
@@ -37,7 +37,7 @@ pub(super) fn watch<B: 'static>(
     None
 }
 
-#[cfg(any(feature = "axum", feature = "tonic-health"))]
+#[cfg(any(feature = "axum", feature = "tonic"))]
 fn watch_boxed<B: Body<Error: Into<BoxError>> + Default + 'static>(
     request: &mut Request<B>,
     timers: &CallTimers,

@@ -60,7 +60,7 @@ impl TimeoutLayer<AsIs> {
     ///
     /// The type of the request body [stays the same](TimeoutLayer::as_is). With [`respond`](TimeoutLayer::respond), the
     /// response to a call that times out is 503. The timeout of the head begins when the request has been received, if
-    /// its body is axum's or tonic's (features `axum`, `tonic-health`). For other bodies it begins with the call, so
+    /// its body is axum's or tonic's (features `axum`, `tonic`). For other bodies it begins with the call, so
     /// long uploads need a longer timeout.
     pub fn server() -> Self {
         TimeoutLayer::new(Timeouts::server()).as_is().by(LayerKind::ServerTimeout)
@@ -200,7 +200,7 @@ impl<M, R> TimeoutLayer<M, R> {
 
     /// Leaves the type of requests unchanged, for services that accept a single body type, such as axum's routes.
     ///
-    /// A body of axum or tonic is nevertheless watched, with the feature `axum` or `tonic-health`. If
+    /// A body of axum or tonic is nevertheless watched, with the feature `axum` or `tonic`. If
     /// [`request_stall`](Self::request_stall) is not set, it is equal to [`head`](Self::head) for such a body. Bodies of other types
     /// are not watched, and the timeout of the head begins with the call.
     pub fn as_is(self) -> TimeoutLayer<AsIs, R> {

@@ -127,7 +127,7 @@
 //!
 //! The wrapped service receives `http::Request<SendingBody<B>>`. A service with a single body type needs a
 //! `tower_http::map_request_body::MapRequestBodyLayer` in between, or [`as_is`](TimeoutLayer::as_is). With `as_is`,
-//! only the bodies of axum and tonic are watched (features `axum` and `tonic-health`). For other bodies, the timeout of
+//! only the bodies of axum and tonic are watched (features `axum` and `tonic`). For other bodies, the timeout of
 //! the head begins with the call. The layer does not time the readiness of the service.
 //!
 //! # Cancellation

@@ -90,7 +90,7 @@ impl Sealed for AsIs {}
 impl Sealed for PerResponse {}
 
 /// HTTP with an unchanged request type. The request body is watched only if it is axum's or tonic's (features `axum`,
-/// `tonic-health`).
+/// `tonic`).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AsIs;
 

@@ -5,7 +5,7 @@ use http::{Extensions, HeaderMap, StatusCode};
 use super::super::{give_up::GiveUpReason, verdict::RetryAction};
 use super::{AttemptResponse, saved_request::IDEMPOTENCY_KEY};
 use crate::outcome::{
-    Eos, Outcome, OutcomeKind, Pushback, Reason, grpc, http as rule, retry_after,
+    Eos, Outcome, OutcomeKind, Pushback, Reason, RetiredConnection, grpc, http as rule, retry_after,
 };
 
 /// Classifies a response head. `None` if the beginning of its body decides.
@@ -118,13 +118,7 @@ pub(crate) fn classify_by_request<'a>(
 
 /// Returns whether the next attempt uses another connection than this response.
 fn is_connection_retired(extensions: &Extensions) -> bool {
-    #[cfg(feature = "connect")]
-    return extensions.get::<crate::outcome::RetiredConnection>().is_some();
-    #[cfg(not(feature = "connect"))]
-    {
-        let _ = extensions;
-        false
-    }
+    extensions.get::<RetiredConnection>().is_some()
 }
 
 /// Returns the failure that the retry records for a status that is a success for the other layers.
