@@ -15,9 +15,10 @@ use buttress::{
     Attempts, Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer,
     RetryLayer, Trip,
     breaker::CircuitState,
+    hedge::Hedged,
     limit::adaptive::{Algorithm, LimitChange, Sample},
     outcome::{Outcome, OutcomeKind, Reason},
-    retry::{Failure, GiveUpReason, Hedged},
+    retry::{Failure, GiveUpReason},
 };
 use bytes::Bytes;
 use futures_util::stream;

@@ -167,7 +167,7 @@ async fn client_sends_a_second_hedge_attempt_that_responds() {
     tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
     let client = client(at, "hedge_after = '50ms'\nhedge_max_hedges = 2");
     let response = net::soon(client.request(to(at))).await.unwrap();
-    let hedged = buttress::retry::Hedged::of(&response).unwrap();
+    let hedged = buttress::hedge::Hedged::of(&response).unwrap();
     assert_eq!((hedged.won, hedged.sent, Attempts::of(&response).made), (true, 2, 1));
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
     let snapshot = client.handle().snapshot();

@@ -1,4 +1,6 @@
-use std::time::Duration;
+//! The delays between the attempts of a call: from a backoff, or from an iterator of the user.
+
+use std::{fmt, sync::Arc, time::Duration};
 
 use crate::error::ConfigError;
 
@@ -39,19 +41,19 @@ enum Jitter {
     Around(f64),
 }
 
-const LONGEST: Duration = Duration::from_secs(5);
+const DEFAULT_MAX: Duration = Duration::from_secs(5);
 
 impl Backoff {
     const fn new(shape: Shape, base: Duration) -> Self {
-        let max = if base.as_nanos() > LONGEST.as_nanos() { base } else { LONGEST };
+        let max = if base.as_nanos() > DEFAULT_MAX.as_nanos() { base } else { DEFAULT_MAX };
         Self { shape, base, max, jitter: Jitter::Full, throttled: None, seed: None }
     }
 
     // ===== The shape =====
 
     /// Returns a backoff with the same delay each time, before jitter.
-    pub const fn constant(wait: Duration) -> Self {
-        Self::new(Shape::Powers(1.0), wait).max(wait)
+    pub const fn constant(delay: Duration) -> Self {
+        Self::new(Shape::Powers(1.0), delay).max(delay)
     }
 
     /// Returns a backoff that starts at `base` and grows by `step`. The maximum is 5 s, or `base` if that is longer.
@@ -122,41 +124,12 @@ impl Backoff {
         self
     }
 
-    // ===== Backoffs of other implementations =====
-
-    /// Returns the backoff of the AWS SDKs, retry behaviour 2.1: 50 ms (1 s for throttled calls), doubled to a maximum
-    /// of 20 s, full jitter.
-    pub const fn aws() -> Self {
-        let base = Duration::from_millis(50);
-        Self::exponential(base).throttled(Duration::from_secs(1)).max(Duration::from_secs(20))
-    }
-
-    /// Returns Envoy's default backoff: 25 ms, doubled to a maximum of 250 ms, full jitter.
-    ///
-    /// Source: Envoy's `JitteredExponentialBackOffStrategy`. Envoy's documentation of the router filter states an older
-    /// formula, `(2ⁿ - 1) × 25 ms`.
-    pub const fn envoy() -> Self {
-        Self::exponential(Duration::from_millis(25)).max(Duration::from_millis(250))
-    }
-
-    /// Returns the backoff of the example in gRFC A6: 100 ms, doubled to a maximum of 1 s, with a jitter of 20 % to
-    /// either side. Unlike in gRFC A6, the maximum includes the jitter.
-    pub const fn grpc() -> Self {
-        let backoff = Self::exponential(Duration::from_millis(100)).max(Duration::from_secs(1));
-        backoff.jitter_around(0.2)
-    }
-
-    /// Returns the backoff of Finagle's `RetryPolicy.tries`: decorrelated, from 5 ms to a maximum of 200 ms.
-    pub const fn finagle() -> Self {
-        Self::decorrelated(Duration::from_millis(5)).max(Duration::from_millis(200))
-    }
-
     // ===== The delays =====
 
     /// Returns the delays of a call, in order. The iterator does not end.
     pub fn delays(self) -> Delays {
         let rng = self.seed.map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
-        Delays { backoff: self, made: 0, before: Duration::ZERO, rng }
+        Delays { backoff: self, made: 0, previous: Duration::ZERO, rng }
     }
 
     pub(crate) fn has_jitter(&self) -> bool {
@@ -219,7 +192,7 @@ impl Default for Backoff {
 pub struct Delays {
     backoff: Backoff,
     made: u32,
-    before: Duration,
+    previous: Duration,
     rng: fastrand::Rng,
 }
 
@@ -229,13 +202,13 @@ impl Delays {
         let Backoff { base, max, jitter, shape, .. } = self.backoff;
         let base = self.backoff.throttled.filter(|_| throttled).unwrap_or(base);
         self.made = self.made.saturating_add(1);
-        let wait = if shape == Shape::Decorrelated {
-            let most = self.before.saturating_mul(3).max(base).min(max);
+        let delay = if shape == Shape::Decorrelated {
+            let upper = self.previous.saturating_mul(3).max(base).min(max);
             match (jitter, self.made) {
-                (Jitter::None, _) => most,
+                (Jitter::None, _) => upper,
                 // The first delay is drawn as if the previous delay had been the base.
                 (_, 1) => self.between(base, base.saturating_mul(3).min(max)),
-                _ => self.between(base, most),
+                _ => self.between(base, upper),
             }
         } else {
             let computed = self.backoff.computed(base, self.made).min(max);
@@ -248,18 +221,18 @@ impl Delays {
                 }
             }
         };
-        self.before = wait.min(max);
-        self.before
+        self.previous = delay.min(max);
+        self.previous
     }
 
-    pub(crate) fn begin_anew(&mut self) {
+    pub(crate) fn restart(&mut self) {
         self.made = 0;
-        self.before = Duration::ZERO;
+        self.previous = Duration::ZERO;
     }
 
-    fn between(&mut self, least: Duration, most: Duration) -> Duration {
-        let spread = scaled(most.saturating_sub(least), self.rng.f64());
-        least.saturating_add(spread).min(most)
+    fn between(&mut self, min: Duration, max: Duration) -> Duration {
+        let spread = scaled(max.saturating_sub(min), self.rng.f64());
+        min.saturating_add(spread).min(max)
     }
 }
 
@@ -271,6 +244,71 @@ impl Iterator for Delays {
     }
 }
 
+// ===== The delays of a call =====
+
+type CustomDelays = dyn Iterator<Item = Duration> + Send;
+
+/// The source of the delays of a call.
+#[derive(Clone)]
+pub(crate) enum DelaySource {
+    Backoff(Backoff),
+    Custom(Arc<dyn Fn() -> Box<CustomDelays> + Send + Sync>),
+}
+
+/// The delays of one call.
+pub(crate) enum CallDelays {
+    Backoff(Delays),
+    Custom(Box<CustomDelays>),
+}
+
+impl From<Backoff> for DelaySource {
+    fn from(backoff: Backoff) -> Self {
+        Self::Backoff(backoff)
+    }
+}
+
+impl DelaySource {
+    pub(crate) fn start(&self) -> CallDelays {
+        match self {
+            Self::Backoff(backoff) => CallDelays::Backoff(backoff.delays()),
+            Self::Custom(start) => CallDelays::Custom(start()),
+        }
+    }
+
+    pub(crate) fn has_jitter(&self) -> bool {
+        match self {
+            Self::Backoff(backoff) => backoff.has_jitter(),
+            Self::Custom(_) => true,
+        }
+    }
+}
+
+impl CallDelays {
+    /// Returns the next delay. `None` if there is no further attempt.
+    pub(crate) fn next(&mut self, throttled: bool) -> Option<Duration> {
+        match self {
+            Self::Backoff(delays) => Some(delays.draw(throttled)),
+            Self::Custom(delays) => delays.next(),
+        }
+    }
+
+    /// Restarts a backoff at its first delay. An iterator of the user continues.
+    pub(crate) fn restart(&mut self) {
+        if let Self::Backoff(delays) = self {
+            delays.restart();
+        }
+    }
+}
+
+impl fmt::Debug for DelaySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Backoff(backoff) => backoff.fmt(f),
+            Self::Custom(_) => f.write_str("Custom"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -278,7 +316,7 @@ mod tests {
     use super::*;
 
     fn ms(backoff: Backoff, n: usize) -> Vec<u128> {
-        backoff.without_jitter().delays().take(n).map(|wait| wait.as_millis()).collect()
+        backoff.without_jitter().delays().take(n).map(|delay| delay.as_millis()).collect()
     }
 
     const BASE: Duration = Duration::from_millis(25);
@@ -286,7 +324,7 @@ mod tests {
     #[test]
     fn each_shape_grows_up_to_its_maximum() {
         let max = Duration::from_millis(250);
-        for (backoff, waits) in [
+        for (backoff, delays) in [
             (Backoff::exponential(BASE).max(max), [25, 50, 100, 200, 250, 250]),
             (Backoff::exponential(BASE).factor(3.0).max(max), [25, 75, 225, 250, 250, 250]),
             (Backoff::linear(BASE, BASE * 3).max(max), [25, 100, 175, 250, 250, 250]),
@@ -296,28 +334,31 @@ mod tests {
             (Backoff::grpc(), [100, 200, 400, 800, 1000, 1000]),
             (Backoff::aws(), [50, 100, 200, 400, 800, 1600]),
         ] {
-            assert_eq!(ms(backoff, 6), waits, "{backoff:?}");
+            assert_eq!(ms(backoff, 6), delays, "{backoff:?}");
         }
     }
 
     #[test]
     fn each_jitter_stays_in_its_range_and_fills_it() {
         let base = Backoff::constant(Duration::from_millis(100)).max(Duration::from_secs(9));
-        for (backoff, least, most) in
+        for (backoff, min, max) in
             [(base, 0, 100), (base.equal_jitter(), 50, 100), (base.jitter_around(0.2), 80, 120)]
         {
-            let waits: Vec<_> =
-                backoff.delays().take(500).map(|wait| wait.as_secs_f64() * 1e3).collect();
-            let (least, most) = (f64::from(least), f64::from(most));
-            assert!(waits.iter().all(|wait| (least..=most).contains(wait)), "{backoff:?}");
-            let edge = (most - least) / 10.0;
-            assert!(waits.iter().any(|&wait| wait < least + edge), "{backoff:?}");
-            assert!(waits.iter().any(|&wait| wait > most - edge), "{backoff:?}");
+            let delays: Vec<_> =
+                backoff.delays().take(500).map(|delay| delay.as_secs_f64() * 1e3).collect();
+            let (min, max) = (f64::from(min), f64::from(max));
+            assert!(delays.iter().all(|delay| (min..=max).contains(delay)), "{backoff:?}");
+            let edge = (max - min) / 10.0;
+            assert!(delays.iter().any(|&delay| delay < min + edge), "{backoff:?}");
+            assert!(delays.iter().any(|&delay| delay > max - edge), "{backoff:?}");
         }
-        let mut before = BASE;
-        for wait in Backoff::decorrelated(BASE).delays().take(200) {
-            assert!(wait >= BASE && wait <= (before * 3).min(LONGEST), "{wait:?} after {before:?}");
-            before = wait;
+        let mut previous = BASE;
+        for delay in Backoff::decorrelated(BASE).delays().take(200) {
+            assert!(
+                delay >= BASE && delay <= (previous * 3).min(DEFAULT_MAX),
+                "{delay:?} after {previous:?}"
+            );
+            previous = delay;
         }
     }
 
@@ -329,14 +370,14 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_makes_the_same_waits() {
+    fn same_seed_yields_the_same_delays() {
         let seeded = |seed| Backoff::default().seed(seed).delays().take(9).collect::<Vec<_>>();
         assert_eq!(seeded(7), seeded(7));
         assert_ne!(seeded(7), seeded(8));
     }
 
     #[test]
-    fn what_was_throttled_has_its_own_base() {
+    fn throttled_call_has_its_own_base() {
         let mut delays = Backoff::aws().without_jitter().delays();
         assert_eq!(delays.draw(true), Duration::from_secs(1));
         assert_eq!(delays.draw(true), Duration::from_secs(2));
@@ -345,7 +386,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_wait_is_ever_over_the_maximum_and_none_panics(
+        fn no_delay_exceeds_the_maximum_or_panics(
             base in any::<u64>(), max in any::<u64>(), factor in 1.0f64..1e300, skip in any::<u32>(),
             step in any::<u64>(),
         ) {

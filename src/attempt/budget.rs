@@ -5,11 +5,11 @@ use std::{
 
 use super::{
     failure::{FailureKind, PerKind},
-    token_bucket::{Account, Pays, RETRY, Withdrawal, in_retries},
+    token_bucket::{RETRY, RefillMode, TokenBucket, Withdrawal, in_retries},
 };
 use crate::error::ConfigError;
 
-const MOST_COST: f64 = 1000.0;
+const MAX_COST: f64 = 1000.0;
 
 /// A token bucket that bounds retries to a share of the first attempts.
 ///
@@ -24,9 +24,9 @@ const MOST_COST: f64 = 1000.0;
 /// read. As in gRPC's retry throttling (gRFC A6), a full balance is not written to.
 #[derive(Clone)]
 pub struct RetryBudget {
-    account: Arc<Account>,
+    bucket: Arc<TokenBucket>,
     /// The cost of a retry for each kind of failure. Each clone has its own costs, so set them before you make clones.
-    costs: PerKind<u64>,
+    pub(crate) costs: PerKind<u64>,
 }
 
 impl RetryBudget {
@@ -43,13 +43,13 @@ impl RetryBudget {
     /// more. The balance starts with ten seconds of trickle, within the cap.
     #[must_use]
     pub fn with(ratio: f64, per_second: u32, cap: u32) -> Self {
-        Self::of(Self::account(ratio, per_second, cap))
+        Self::of(Self::bucket(ratio, per_second, cap))
     }
 
-    fn account(ratio: f64, per_second: u32, cap: u32) -> Account {
+    pub(crate) fn bucket(ratio: f64, per_second: u32, cap: u32) -> TokenBucket {
         // NaN becomes 0 here, and so does a ratio below half a millionth.
-        let deposit = (ratio * RETRY as f64).round() as u64;
-        let fault = if deposit == 0 || ratio > 10.0 {
+        let refill = (ratio * RETRY as f64).round() as u64;
+        let fault = if refill == 0 || ratio > 10.0 {
             let remedy = "use a share above 0 and at most 10, such as 0.2";
             Some(ConfigError::new("budget.ratio", ratio, remedy))
         } else if cap == 0 {
@@ -58,13 +58,13 @@ impl RetryBudget {
             None
         };
         let trickle = u64::from(per_second) * RETRY;
-        let mut account = Account::new(deposit.min(10 * RETRY), u64::from(cap) * RETRY, trickle);
-        account.fault = fault;
-        account
+        let mut bucket = TokenBucket::new(refill.min(10 * RETRY), u64::from(cap) * RETRY, trickle);
+        bucket.fault = fault;
+        bucket
     }
 
-    fn of(account: Account) -> Self {
-        Self { account: Arc::new(account), costs: [RETRY; 8] }
+    pub(crate) fn of(bucket: TokenBucket) -> Self {
+        Self { bucket: Arc::new(bucket), costs: [RETRY; 8] }
     }
 
     /// Sets the cost of a retry for this kind of failure: 1 by default, above 0, at most 1000. Use a higher cost for
@@ -74,47 +74,9 @@ impl RetryBudget {
     /// their costs.
     #[must_use]
     pub fn cost(mut self, kind: FailureKind, cost: f64) -> Self {
-        let cost = if cost <= MOST_COST { cost } else { 0.0 };
+        let cost = if cost <= MAX_COST { cost } else { 0.0 };
         self.costs[kind as usize] = (cost * RETRY as f64).round() as u64;
         self
-    }
-
-    // ===== Budgets of other implementations =====
-
-    /// Returns the budget of the AWS SDKs, retry behaviour 2.1: a bucket of 500 that starts full.
-    ///
-    /// A retry costs 14, or 5 after a throttled call. A good response deposits the cost of the call's last retry, or 1
-    /// if there was none.
-    #[must_use]
-    pub fn aws() -> Self {
-        let mut budget = Self::of(Self::account(1.0, 0, 500).full(Pays::Answers));
-        budget.costs = [14 * RETRY; 8];
-        budget.cost(FailureKind::Throttled, 5.0)
-    }
-
-    /// Returns the budget of gRPC's retry throttling (gRFC A6): a bucket of `max_tokens` that starts full, at most
-    /// 1000.
-    ///
-    /// Each retryable failure withdraws 1 token, whether it is retried or not. Each good response deposits
-    /// `token_ratio`, in whole thousandths. Retries are made while more than half of the tokens are left.
-    #[must_use]
-    pub fn grpc(max_tokens: u32, token_ratio: f64) -> Self {
-        // In binary, 0.57 is slightly less than 570 thousandths. The small addend prevents a result of 569.
-        let ratio = (token_ratio * 1000.0 + 1e-6).floor() / 1000.0;
-        let mut account = Self::account(ratio, 0, max_tokens);
-        if max_tokens > 1000 {
-            let fault = ConfigError::new("budget.cap", max_tokens, "use at most 1000 tokens");
-            account.fault.get_or_insert(fault);
-        }
-        let floor = account.cap / 2;
-        Self::of(account.full(Pays::AnswersOverFailures { floor }))
-    }
-
-    /// Returns Finagle's default budget: one retry for five first attempts, a trickle of 10 per second, and a cap of
-    /// 100.
-    #[must_use]
-    pub fn finagle() -> Self {
-        Self::with(0.2, 10, 100)
     }
 
     // ===== Use =====
@@ -130,75 +92,75 @@ impl RetryBudget {
             let remedy = "use more than 0 and at most 1000, such as 2";
             return Err(ConfigError::new("budget.cost", self.costs.map(in_retries), remedy));
         }
-        self.account.fault.clone().map_or(Ok(()), Err)
+        self.bucket.fault.clone().map_or(Ok(()), Err)
     }
 
     /// Returns the number of retries of cost 1 that the balance permits now. With [`grpc`](Self::grpc), returns the
     /// number of tokens, the lower half of which permits no retries.
     #[must_use]
     pub fn balance(&self) -> f64 {
-        self.account.trickle_in();
-        in_retries(self.account.balance.load(Ordering::Relaxed))
+        self.bucket.deposit_trickle();
+        in_retries(self.bucket.balance.load(Ordering::Relaxed))
     }
 
     /// Returns the number of retries that the budget has denied, in all layers that share it.
     #[must_use]
     pub fn denied(&self) -> u64 {
-        self.account.denied.load(Ordering::Relaxed)
+        self.bucket.denied.load(Ordering::Relaxed)
     }
 
     /// Deposits the share of one first attempt, or of one good response with [`aws`](Self::aws) and
     /// [`grpc`](Self::grpc). A full balance costs one atomic load.
     #[inline]
     pub fn deposit(&self) {
-        self.account.pay_in(self.account.deposit);
+        self.bucket.deposit(self.bucket.refill);
     }
 
     /// Withdraws one retry at the cost of 1. Returns `None` if the balance is too low. Dropping the withdrawal refunds
     /// it, unless it is [spent](Withdrawal::spend).
     #[must_use]
     pub fn withdraw(&self) -> Option<Withdrawal> {
-        self.account.failed(RETRY);
-        self.account.grant(RETRY)
+        self.bucket.record_failure(RETRY);
+        self.bucket.withdraw(RETRY)
     }
 
     /// Withdraws one retry for this kind of failure, at its [`cost`](Self::cost). Returns `None` if the balance is too
     /// low.
     #[must_use]
     pub fn withdraw_for(&self, kind: FailureKind) -> Option<Withdrawal> {
-        self.failed(kind);
-        self.grant(kind)
+        self.record_failure(kind);
+        self.withdraw_recorded(kind)
     }
 
     // ===== Use by a layer =====
 
     /// Makes the deposit for a call that begins, if calls make deposits.
     #[inline]
-    pub(crate) fn begun(&self) {
-        if self.account.pays == Pays::Calls {
+    pub(crate) fn deposit_for_call(&self) {
+        if self.bucket.mode == RefillMode::PerCall {
             self.deposit();
         }
     }
 
-    /// Makes the deposit for a good response, if responses make deposits. `last` is the cost of the call's last retry,
-    /// or 0.
+    /// Makes the deposit for a good response, if responses make deposits. `last_cost` is the cost of the call's last
+    /// retry, or 0.
     #[inline]
-    pub(crate) fn answered(&self, last: u64) {
-        match self.account.pays {
-            Pays::Calls => {}
-            Pays::Answers if last > 0 => self.account.pay_in(last),
-            Pays::Answers | Pays::AnswersOverFailures { .. } => self.deposit(),
+    pub(crate) fn deposit_for_response(&self, last_cost: u64) {
+        match self.bucket.mode {
+            RefillMode::PerCall => {}
+            RefillMode::PerResponse if last_cost > 0 => self.bucket.deposit(last_cost),
+            RefillMode::PerResponse | RefillMode::PerResponseLessFailures { .. } => self.deposit(),
         }
     }
 
     /// Records an attempt that failed with a retryable failure, or with one for which the server forbids a retry.
-    pub(crate) fn failed(&self, kind: FailureKind) {
-        self.account.failed(self.costs[kind as usize]);
+    pub(crate) fn record_failure(&self, kind: FailureKind) {
+        self.bucket.record_failure(self.costs[kind as usize]);
     }
 
-    /// Withdraws a retry for a failure that [`failed`](Self::failed) has recorded.
-    pub(crate) fn grant(&self, kind: FailureKind) -> Option<Withdrawal> {
-        self.account.grant(self.costs[kind as usize])
+    /// Withdraws a retry for a failure that [`record_failure`](Self::record_failure) has recorded.
+    pub(crate) fn withdraw_recorded(&self, kind: FailureKind) -> Option<Withdrawal> {
+        self.bucket.withdraw(self.costs[kind as usize])
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::budget::RetryBudget;
 
+/// Locks a mutex, and ignores the poison that a panic leaves.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -32,9 +33,9 @@ impl<S, T> Core<S, T> {
 
     /// Makes the deposit for a call whose first attempt has a good response.
     #[inline]
-    pub(crate) fn answered(&self) {
+    pub(crate) fn deposit_first(&self) {
         if let Some(budget) = &self.budget {
-            budget.answered(0);
+            budget.deposit_for_response(0);
         }
     }
 

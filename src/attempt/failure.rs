@@ -1,5 +1,7 @@
 //! The kinds of failures of an attempt.
 
+use std::fmt;
+
 use crate::outcome::{Outcome, OutcomeKind, Reason};
 
 /// The kind of a failure, for limits and costs. The set is closed, so that it can be the label of a metric.
@@ -64,5 +66,11 @@ impl FailureKind {
             Self::Rejected => "rejected",
             Self::Other => "other",
         }
+    }
+}
+
+impl fmt::Display for FailureKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }

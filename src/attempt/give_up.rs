@@ -1,3 +1,5 @@
+//! The reasons for which a retry gives up.
+
 use std::fmt;
 
 /// The reason for which no further attempt is made. The set is closed, so that it can be the label of a metric.

@@ -12,13 +12,13 @@ use pin_project_lite::pin_project;
 pin_project! {
     /// A response body whose first frame may have been read in advance. It returns that frame first.
     pub struct PeekedBody<B: Body> {
-        first: First<B::Data, B::Error>,
+        first: FirstFrame<B::Data, B::Error>,
         #[pin]
         body: B,
     }
 }
 
-enum First<D, E> {
+enum FirstFrame<D, E> {
     None,
     Data(D),
     /// Boxed, because it is rare and large: trailers, or an error.
@@ -41,7 +41,7 @@ pub(crate) enum Peek<'a> {
 
 impl<B: Body> PeekedBody<B> {
     pub(crate) fn new(body: B) -> Self {
-        Self { first: First::None, body }
+        Self { first: FirstFrame::None, body }
     }
 
     /// Polls the first frame and saves it.
@@ -49,23 +49,25 @@ impl<B: Body> PeekedBody<B> {
     where
         B: Unpin,
     {
-        if matches!(self.first, First::None) {
+        if matches!(self.first, FirstFrame::None) {
             match Pin::new(&mut self.body).poll_frame(cx) {
                 Poll::Pending => return Poll::Pending,
-                Poll::Ready(None) => self.first = First::End,
+                Poll::Ready(None) => self.first = FirstFrame::End,
                 Poll::Ready(Some(Ok(frame))) => {
                     self.first = match frame.into_data() {
-                        Ok(data) => First::Data(data),
-                        Err(frame) => First::Other(Box::new(Ok(frame))),
+                        Ok(data) => FirstFrame::Data(data),
+                        Err(frame) => FirstFrame::Other(Box::new(Ok(frame))),
                     };
                 }
-                Poll::Ready(Some(Err(error))) => self.first = First::Other(Box::new(Err(error))),
+                Poll::Ready(Some(Err(error))) => {
+                    self.first = FirstFrame::Other(Box::new(Err(error)))
+                }
             }
         }
         Poll::Ready(match &self.first {
-            First::None | First::End => Peek::End,
-            First::Data(_) => Peek::Message,
-            First::Other(frame) => match &**frame {
+            FirstFrame::None | FirstFrame::End => Peek::End,
+            FirstFrame::Data(_) => Peek::Message,
+            FirstFrame::Other(frame) => match &**frame {
                 Ok(frame) => frame.trailers_ref().map_or(Peek::Message, Peek::Trailers),
                 Err(_) => Peek::Error,
             },
@@ -91,31 +93,31 @@ impl<B: Body> Body for PeekedBody<B> {
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let this = self.project();
         match this.first {
-            First::None => return this.body.poll_frame(cx),
-            First::End => return Poll::Ready(None),
-            First::Data(_) | First::Other(_) => {}
+            FirstFrame::None => return this.body.poll_frame(cx),
+            FirstFrame::End => return Poll::Ready(None),
+            FirstFrame::Data(_) | FirstFrame::Other(_) => {}
         }
-        match std::mem::replace(this.first, First::None) {
-            First::None | First::End => Poll::Ready(None),
-            First::Data(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
-            First::Other(frame) => Poll::Ready(Some(*frame)),
+        match std::mem::replace(this.first, FirstFrame::None) {
+            FirstFrame::None | FirstFrame::End => Poll::Ready(None),
+            FirstFrame::Data(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
+            FirstFrame::Other(frame) => Poll::Ready(Some(*frame)),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self.first {
-            First::None => self.body.is_end_stream(),
-            First::End => true,
-            First::Data(_) | First::Other(_) => false,
+            FirstFrame::None => self.body.is_end_stream(),
+            FirstFrame::End => true,
+            FirstFrame::Data(_) | FirstFrame::Other(_) => false,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         let rest = match self.first {
-            First::End => SizeHint::with_exact(0),
+            FirstFrame::End => SizeHint::with_exact(0),
             _ => self.body.size_hint(),
         };
-        let First::Data(data) = &self.first else { return rest };
+        let FirstFrame::Data(data) = &self.first else { return rest };
         let first = data.remaining() as u64;
         let mut hint = SizeHint::new();
         // Set the upper bound first, because `set_lower` panics above it.
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_that_was_peeked_is_remembered() {
+    fn body_is_not_polled_after_a_peek_at_its_end() {
         let mut cx = Context::from_waker(Waker::noop());
         let mut body = PeekedBody::new(EndsOnce(false));
         for _ in 0..2 {

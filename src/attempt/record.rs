@@ -22,7 +22,7 @@ pub struct Attempts {
     pub waited: Duration,
     /// The reason for which no further attempt was made.
     pub stop: GiveUpReason,
-    each: Vec<AttemptRecord>,
+    records: Vec<AttemptRecord>,
 }
 
 /// One attempt of a call.
@@ -36,7 +36,7 @@ pub struct AttemptRecord {
 }
 
 /// The maximum number of attempts of a call that are recorded one by one.
-const MOST_RECORDED: usize = 32;
+const MAX_RECORDS: usize = 32;
 
 impl Attempts {
     pub(crate) const FIRST: Self = Self::after(1, GiveUpReason::Answered);
@@ -46,7 +46,7 @@ impl Attempts {
         sent: 0,
         waited: Duration::ZERO,
         stop: GiveUpReason::Answered,
-        each: Vec::new(),
+        records: Vec::new(),
     };
     /// The first attempt ended with an error that is not retryable.
     pub(crate) const FIRST_ERROR: Self = Self::after(1, GiveUpReason::NotRetryable);
@@ -54,20 +54,20 @@ impl Attempts {
     pub(crate) const NONE: Self = Self::after(0, GiveUpReason::NotReady);
 
     const fn after(made: u32, stop: GiveUpReason) -> Self {
-        Self { made, sent: made, waited: Duration::ZERO, stop, each: Vec::new() }
+        Self { made, sent: made, waited: Duration::ZERO, stop, records: Vec::new() }
     }
 
     /// Returns the attempts in order, including the last, at most the first 32. Empty if there was no attempt, or if
     /// the first attempt was the only one and its result was not retryable.
     #[must_use]
     pub fn records(&self) -> &[AttemptRecord] {
-        &self.each
+        &self.records
     }
 
-    pub(crate) fn tried(&mut self, tried: AttemptRecord) {
-        self.waited = self.waited.saturating_add(tried.waited);
-        if self.each.len() < MOST_RECORDED {
-            self.each.push(tried);
+    pub(crate) fn push(&mut self, record: AttemptRecord) {
+        self.waited = self.waited.saturating_add(record.waited);
+        if self.records.len() < MAX_RECORDS {
+            self.records.push(record);
         }
     }
 
@@ -107,9 +107,9 @@ pub struct Attempt(pub u32);
 /// (attempts_used_up): reset`. It states whether the upstream has received the call: `gave up after 1 attempt, nothing
 /// was sent (rejected): concurrency limit is reached`.
 ///
-/// [`attempts`](Self::attempts) returns the record. A [`Rejected`](crate::outcome::Rejected) of the last attempt is among the
-/// sources. `Debug` shows the source without [secrets](crate#secrets). The source itself is the error of the client,
-/// whose text may contain the URI.
+/// [`attempts`](Self::attempts) returns the record. A [`Rejected`](crate::outcome::Rejected) of the last attempt is
+/// among the sources. `Debug` shows the source without [secrets](crate#secrets). The source itself is the error of the
+/// client, whose text may contain the URI.
 pub struct RetryError {
     attempts: Attempts,
     source: BoxError,
@@ -144,10 +144,11 @@ impl fmt::Display for RetryError {
         let stop = if stop == GiveUpReason::NotRetryable { "not retryable" } else { stop.as_str() };
         write!(f, "gave up after {made} attempt{s}{unsent} ({stop})")?;
         // A short reason for readers of this error alone. The source has the details.
-        let reason =
-            || Some(self.attempts.each.last()?.outcome.reason()).filter(|why| why.is_told());
+        let reason = || {
+            Some(self.attempts.records.last()?.outcome.reason()).filter(|reason| reason.is_told())
+        };
         match Rejected::find(&*self.source) {
-            Some(refused) => write!(f, ": {}", refused.kind().phrase()),
+            Some(rejected) => write!(f, ": {}", rejected.kind().phrase()),
             None => reason().map_or(Ok(()), |reason| write!(f, ": {reason}")),
         }
     }

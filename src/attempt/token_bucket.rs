@@ -4,15 +4,15 @@
 //! balance is one atomic read-modify-write operation, so that concurrent deposits and withdrawals are not lost, and a
 //! withdrawal never makes the balance negative.
 //!
-//! `pay_in` first loads the balance and skips the write if it is full. The load may be stale: the deposit is then lost
+//! `deposit` first loads the balance and skips the write if it is full. The load may be stale: the deposit is then lost
 //! although another thread has made a withdrawal meanwhile. This makes the budget slightly stricter, never looser.
 //!
-//! The trickle is deposited on demand, by `trickle_in`. `paid_until` is the instant up to which it has been deposited.
-//! The compare-exchange on it decides which thread deposits the trickle of a period, so that each period is deposited
-//! once.
+//! The trickle is deposited on demand, by `deposit_trickle`. `trickled_until` is the instant up to which it has been
+//! deposited. The compare-exchange on it decides which thread deposits the trickle of a period, so that each period is
+//! deposited once.
 //!
-//! The atomics publish no other memory, so correctness depends on no pairing of their orderings. `Relaxed` would suffice
-//! where the code has `Acquire` and `Release`.
+//! The atomics publish no other memory, so correctness depends on no pairing of their orderings. `Relaxed` would
+//! suffice where the code has `Acquire` and `Release`.
 
 use std::{
     sync::{
@@ -34,15 +34,15 @@ pub(crate) fn in_retries(amount: u64) -> f64 {
     amount as f64 / RETRY as f64
 }
 
-pub(crate) struct Account {
-    pub(crate) deposit: u64,
+pub(crate) struct TokenBucket {
+    pub(crate) refill: u64,
     pub(crate) cap: u64,
     /// The amount that is deposited per second.
     pub(crate) trickle: u64,
-    pub(crate) pays: Pays,
+    pub(crate) mode: RefillMode,
     pub(crate) balance: AtomicU64,
     /// The time up to which the trickle has been deposited.
-    paid_until: AtomicU64,
+    trickled_until: AtomicU64,
     pub(crate) denied: AtomicU64,
     clock: Clock,
     pub(crate) fault: Option<ConfigError>,
@@ -50,42 +50,42 @@ pub(crate) struct Account {
 
 /// The events that make deposits and withdrawals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pays {
+pub(crate) enum RefillMode {
     /// Each call makes a deposit when it begins. A retry withdraws its cost.
-    Calls,
+    PerCall,
     /// Each good response makes a deposit. A retry withdraws its cost, and a good response refunds the cost of the
     /// call's last retry.
-    Answers,
+    PerResponse,
     /// Each good response makes a deposit, and each failure withdraws its cost, down to zero. Retries withdraw nothing.
     /// They are permitted while the balance is above `floor`.
-    AnswersOverFailures { floor: u64 },
+    PerResponseLessFailures { floor: u64 },
 }
 
-impl Account {
-    pub(crate) fn new(deposit: u64, cap: u64, trickle: u64) -> Self {
+impl TokenBucket {
+    pub(crate) fn new(refill: u64, cap: u64, trickle: u64) -> Self {
         Self {
-            deposit,
+            refill,
             cap,
             trickle,
-            pays: Pays::Calls,
+            mode: RefillMode::PerCall,
             balance: AtomicU64::new((trickle * 10).min(cap)),
-            paid_until: AtomicU64::new(0),
+            trickled_until: AtomicU64::new(0),
             denied: AtomicU64::new(0),
             clock: Clock::new(),
             fault: None,
         }
     }
 
-    /// Makes the account start with a full balance.
-    pub(crate) fn full(mut self, pays: Pays) -> Self {
+    /// Makes the bucket start with a full balance.
+    pub(crate) fn filled(mut self, mode: RefillMode) -> Self {
         self.balance = AtomicU64::new(self.cap);
-        self.pays = pays;
+        self.mode = mode;
         self
     }
 
     /// Deposits an amount. A full balance costs one load.
     #[inline]
-    pub(crate) fn pay_in(&self, amount: u64) {
+    pub(crate) fn deposit(&self, amount: u64) {
         if self.balance.load(Ordering::Relaxed) < self.cap {
             self.add(amount);
         }
@@ -98,8 +98,8 @@ impl Account {
     }
 
     /// Withdraws the cost of a failure, if failures make withdrawals.
-    pub(crate) fn failed(&self, cost: u64) {
-        if matches!(self.pays, Pays::AnswersOverFailures { .. }) {
+    pub(crate) fn record_failure(&self, cost: u64) {
+        if matches!(self.mode, RefillMode::PerResponseLessFailures { .. }) {
             let _ = self.balance.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |balance| {
                 Some(balance.saturating_sub(cost))
             });
@@ -107,13 +107,13 @@ impl Account {
     }
 
     /// Withdraws a retry of this cost. Returns `None` and counts a denial if the balance is too low.
-    pub(crate) fn grant(self: &Arc<Self>, cost: u64) -> Option<Withdrawal> {
-        self.trickle_in();
-        let granted = match self.pays {
-            Pays::AnswersOverFailures { floor } => {
+    pub(crate) fn withdraw(self: &Arc<Self>, cost: u64) -> Option<Withdrawal> {
+        self.deposit_trickle();
+        let withdrawn = match self.mode {
+            RefillMode::PerResponseLessFailures { floor } => {
                 (self.balance.load(Ordering::Acquire) > floor).then_some(0)
             }
-            Pays::Calls | Pays::Answers => self
+            RefillMode::PerCall | RefillMode::PerResponse => self
                 .balance
                 .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |balance| {
                     balance.checked_sub(cost)
@@ -121,59 +121,63 @@ impl Account {
                 .is_ok()
                 .then_some(cost),
         };
-        if granted.is_none() {
+        if withdrawn.is_none() {
             self.denied.fetch_add(1, Ordering::Relaxed);
         }
-        granted.map(|amount| Withdrawal(Some((self.clone(), amount))))
+        withdrawn.map(|amount| Withdrawal(Some((self.clone(), amount))))
     }
 
     /// Deposits the trickle since the last deposit.
-    pub(crate) fn trickle_in(&self) {
+    pub(crate) fn deposit_trickle(&self) {
         const SECOND: u128 = Duration::from_secs(1).as_nanos();
         if self.trickle == 0 {
             return;
         }
         let now = self.clock.now();
-        let before = self.paid_until.load(Ordering::Acquire);
+        let before = self.trickled_until.load(Ordering::Acquire);
         let passed = u128::from(now.saturating_sub(before));
         let amount = passed * u128::from(self.trickle) / SECOND;
         if amount == 0 {
             return;
         }
-        // Advance `paid_until` only by the time that the deposited amount represents. The rest, worth less than one
+        // Advance `trickled_until` only by the time that the deposited amount represents. The rest, worth less than one
         // unit, counts for the next deposit. Otherwise frequent calls would each discard a rest, and the trickle would
         // stop.
-        let paid = (amount * SECOND).div_ceil(u128::from(self.trickle));
-        let until = before.saturating_add(Nanos::try_from(paid).unwrap_or(Nanos::MAX));
-        let exchanged =
-            self.paid_until.compare_exchange(before, until, Ordering::AcqRel, Ordering::Relaxed);
+        let time = (amount * SECOND).div_ceil(u128::from(self.trickle));
+        let until = before.saturating_add(Nanos::try_from(time).unwrap_or(Nanos::MAX));
+        let exchanged = self.trickled_until.compare_exchange(
+            before,
+            until,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        );
         if exchanged.is_ok() {
-            self.pay_in(u64::try_from(amount).unwrap_or(u64::MAX).min(self.cap));
+            self.deposit(u64::try_from(amount).unwrap_or(u64::MAX).min(self.cap));
         }
     }
 }
 
-/// A retry that was withdrawn from a [`RetryBudget`](super::budget::RetryBudget). Dropping it without [`spend`](Self::spend)
-/// refunds it.
+/// A retry that was withdrawn from a [`RetryBudget`](super::budget::RetryBudget). Dropping it without
+/// [`spend`](Self::spend) refunds it.
 #[must_use = "the withdrawal is refunded when this is dropped"]
-pub struct Withdrawal(Option<(Arc<Account>, u64)>);
+pub struct Withdrawal(Option<(Arc<TokenBucket>, u64)>);
 
 impl Withdrawal {
     /// Spends the withdrawal, because the retry is made.
     pub fn spend(mut self) {
-        self.take();
+        self.spend_amount();
     }
 
     /// Spends the withdrawal. Returns the amount.
-    pub(crate) fn take(&mut self) -> u64 {
+    pub(crate) fn spend_amount(&mut self) -> u64 {
         self.0.take().map_or(0, |(_, amount)| amount)
     }
 }
 
 impl Drop for Withdrawal {
     fn drop(&mut self) {
-        if let Some((account, amount)) = self.0.take() {
-            account.pay_in(amount);
+        if let Some((bucket, amount)) = self.0.take() {
+            bucket.deposit(amount);
         }
     }
 }

@@ -1,11 +1,11 @@
-//! The words in which an attempt is decided about: whether its request may be sent again, and whether its result
-//! should be.
+//! The types of the decision about an attempt: which requests may be sent again, and which results are retried.
 
 use std::sync::Arc;
 
 use http::Method;
 
 use super::give_up::GiveUpReason;
+use crate::outcome::Outcome;
 
 /// The requests that may be repeated although they may have had an effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,12 +22,15 @@ pub enum SafeRequests {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RetryAction {
     /// The result is not retryable and is returned.
-    Final,
+    Done,
     /// The result is retryable.
-    Retryable,
+    Retry,
     /// The upstream or an inner layer forbids a retry.
-    Refused(GiveUpReason),
+    Forbidden(GiveUpReason),
 }
+
+/// The class of a result, and its outcome.
+pub type Classified = (RetryAction, Outcome);
 
 /// Whether a request body can be replayed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

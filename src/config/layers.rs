@@ -19,7 +19,7 @@ use crate::{
     health::{Get, HealthProbeLayer},
     hedge::HedgeLayer,
     limit::ConcurrencyLimitLayer,
-    retry::RetryLayer,
+    retry::{RetryHandle, RetryLayer},
     timeout::{TimeoutLayer, Timeouts},
 };
 
@@ -207,31 +207,28 @@ impl RetryConfig {
 
     /// Returns the layer with these settings and the rules of `base`.
     pub(crate) fn layer_over(&self, base: RetryLayer) -> Result<RetryLayer, ConfigError> {
-        let layer = self.apply(base);
+        self.apply(&base.handle())?;
         let Self { budget_ratio, budget_per_second, budget_cap, .. } = *self;
         let budget = RetryBudget::with(budget_ratio, budget_per_second, budget_cap);
         // Without retries, an invalid budget is not an error. A valid budget is set nevertheless, because the number of
         // attempts can increase while the layer is in use.
         let idle = self.attempts <= 1 && budget.check().is_err();
-        if idle { layer } else { layer.budget(budget) }.checked()
+        if idle { base } else { base.budget(budget) }.checked()
     }
 
     /// Applies the settings that can change while the layer is in use.
-    pub(crate) fn apply(&self, layer: RetryLayer) -> RetryLayer {
-        layer
-            .attempts(self.attempts)
-            .backoff(
-                Backoff::exponential(self.backoff)
-                    .factor(self.backoff_factor)
-                    .max(self.backoff_max),
-            )
-            .max_wait(self.max_wait)
-            .hint_jitter(self.hint_jitter)
-            .wait_on_rejection(self.wait_on_rejection)
-            .unprocessed(self.unprocessed.iter().copied())
-            .attempt_timeout(self.attempt_timeout)
-            .max_replay_bytes(self.max_replay_bytes)
-            .max_drain_bytes(self.max_drain_bytes)
+    pub(crate) fn apply(&self, retry: &RetryHandle) -> Result<(), ConfigError> {
+        let backoff = Backoff::exponential(self.backoff).factor(self.backoff_factor);
+        retry.set_attempts(self.attempts)?;
+        retry.set_backoff(backoff.max(self.backoff_max))?;
+        retry.set_max_wait(self.max_wait);
+        retry.set_hint_jitter(self.hint_jitter)?;
+        retry.set_wait_on_rejection(self.wait_on_rejection);
+        retry.set_unprocessed(self.unprocessed.iter().copied())?;
+        retry.set_attempt_timeout(self.attempt_timeout)?;
+        retry.set_max_replay_bytes(self.max_replay_bytes);
+        retry.set_max_drain_bytes(self.max_drain_bytes);
+        Ok(())
     }
 }
 

@@ -41,7 +41,8 @@
 //!
 //! A response is *good* if it is neither a failure nor throttled nor retryable, such as a 200 or a 404. An error, a 429
 //! and a 500 are *bad*. A gRPC call is classified by its gRPC status, in the head, in the trailers or mapped from the
-//! HTTP status; a stream that begins slowly is good. [`Http`](crate::classify::Http) has the table, which all layers share.
+//! HTTP status; a stream that begins slowly is good. [`Http`](crate::classify::Http) has the table, which all layers
+//! share.
 //!
 //! | a response arrives | if it is good | if it is bad |
 //! |---|---|---|
@@ -59,10 +60,10 @@
 //! attempt. It is most useful outside of a balancer: two attempts to one slow server help little. The wrapped service
 //! receives `http::Request<ReplayBody<B>>`, as under a retry.
 //!
-//! The extensions of a hedge attempt contain [`HedgeAttempt`], and the same [`Attempt`](crate::attempt::Attempt) as the first
-//! attempt. Over gRPC, `grpc-previous-rpc-attempts` is greater by one for each hedge attempt (gRFC A6). The extensions
-//! of the response contain [`Hedged`] if a hedge attempt was sent. If an inner limit rejects a hedge attempt, no
-//! further one is sent for this call, and the attempts in flight decide.
+//! The extensions of a hedge attempt contain [`HedgeAttempt`], and the same [`Attempt`](crate::attempt::Attempt) as the
+//! first attempt. Over gRPC, `grpc-previous-rpc-attempts` is greater by one for each hedge attempt (gRFC A6). The
+//! extensions of the response contain [`Hedged`] if a hedge attempt was sent. If an inner limit rejects a hedge
+//! attempt, no further one is sent for this call, and the attempts in flight decide.
 //!
 //! # Bodies
 //!
@@ -104,12 +105,15 @@
 //! `tower::hedge` returns the first response, even if it is an error. It has no layer and no `Clone`, does not bound
 //! the number of hedge attempts, and leaves it to the user to decide which requests are safe to repeat.
 
+mod handle;
 mod layer;
 mod percentile;
 mod service;
+mod settings;
 
 pub use self::{
-    layer::{HedgeHandle, HedgeLayer, HedgeSnapshot},
+    handle::{HedgeHandle, HedgeSnapshot},
+    layer::HedgeLayer,
     service::{Hedge, HedgeFuture},
 };
-pub use crate::attempt::{HedgeAttempt, Hedged};
+pub use crate::attempt::{ClassifyAttempt, HedgeAttempt, Hedged, ReplayRequest, SavedCall};

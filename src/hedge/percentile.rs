@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::{attempt::lock, time::RecentLatency};
 
 /// A percentile of the latency of recent calls.
-pub(crate) struct Live {
+pub(crate) struct LatencyPercentile {
     quantile: f64,
     /// The percentile in microseconds when it was last computed. 0 if too few calls are recorded.
     delay_us: AtomicU64,
@@ -27,23 +27,28 @@ struct PercentileState {
 }
 
 /// The minimum number of recorded calls for a delay. Fewer do not determine the 95th percentile.
-const LEAST: u64 = 20;
+const MIN_CALLS: u64 = 20;
 /// The number of calls between two computations of the percentile.
-const EVERY: u32 = 16;
+const CALLS_PER_UPDATE: u32 = 16;
 /// The minimum delay (that of Finagle's backup requests).
-const SHORTEST: Duration = Duration::from_millis(1);
+const MIN_DELAY: Duration = Duration::from_millis(1);
 
-impl Live {
+impl LatencyPercentile {
     pub(crate) fn new(quantile: f64) -> Self {
         let state = PercentileState { recent: RecentLatency::default(), due: 0 };
         Self { quantile, delay_us: AtomicU64::new(0), state: Mutex::new(state) }
+    }
+
+    /// Returns the same percentile, without records.
+    pub(crate) fn fork(&self) -> Self {
+        Self::new(self.quantile)
     }
 
     /// Returns the delay. `None` if too few calls are recorded.
     pub(crate) fn delay(&self) -> Option<Duration> {
         match self.delay_us.load(Ordering::Relaxed) {
             0 => None,
-            us => Some(Duration::from_micros(us).max(SHORTEST)),
+            us => Some(Duration::from_micros(us).max(MIN_DELAY)),
         }
     }
 
@@ -57,8 +62,8 @@ impl Live {
             return;
         }
         let delay = state.recent.percentile(self.quantile, now);
-        let delay = delay.filter(|_| state.recent.count() >= LEAST);
-        state.due = if delay.is_some() { EVERY } else { 0 };
+        let delay = delay.filter(|_| state.recent.count() >= MIN_CALLS);
+        state.due = if delay.is_some() { CALLS_PER_UPDATE } else { 0 };
         let us =
             delay.map_or(0, |delay| u64::try_from(delay.as_micros()).unwrap_or(u64::MAX).max(1));
         self.delay_us.store(us, Ordering::Relaxed);

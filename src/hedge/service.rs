@@ -1,7 +1,6 @@
 use std::{
     fmt,
     future::Future,
-    marker::PhantomData,
     pin::Pin,
     sync::atomic::Ordering,
     task::{Context, Poll},
@@ -11,12 +10,12 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tower_service::Service;
 
-use super::layer::HedgeSettings;
+use super::settings::HedgeSettings;
 use crate::{
     admission::Reusable,
     attempt::{
         AttemptFuture, BodyReplay, ClassifyAttempt, Core, FailureKind, Hedged, ReplayRequest,
-        Withdrawal, is_good,
+        SavedCall, Withdrawal, is_good,
     },
     classify::Http,
     event::event,
@@ -41,6 +40,17 @@ impl<S, M> Hedge<S, M> {
     /// Returns the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
+    }
+
+    /// Returns the wrapped service. It makes the first attempt of each call. Hedge attempts are made with clones of the
+    /// service that the layer wrapped, which a change does not affect.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// Returns the wrapped service.
+    pub fn into_inner(self) -> S {
+        self.inner
     }
 }
 
@@ -68,42 +78,39 @@ where
 {
     type Response = M::Response;
     type Error = M::Error;
-    type Future = HedgeFuture<S, Req, S::Future, M, M::Kept, M::Held>;
+    type Future = HedgeFuture<S, S::Future, M::Pending, SavedCall<Req, M, M::Saved>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
         let (polled, marks) = is_mark_requested(|| self.inner.poll_ready(cx));
         // Keep an earlier request for marks: a layer in between that is already ready does not poll its inner service.
         self.marks |= marks;
-        polled.map_err(M::error)
+        polled.map_err(M::inner_error)
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
         if let Some(budget) = &self.core.budget {
-            budget.begun();
+            budget.deposit_for_call();
         }
         let settings = &self.core.settings;
-        let safe = settings.safe();
-        let rules = settings.rules(&safe, self.core.misconfigured, self.marks);
-        let is_grpc_call = M::is_grpc(&request);
-        let mut kept = M::keep(&request, rules);
-        let first = M::first(request, kept.as_mut(), rules);
-        let hedgeable = kept.as_ref().is_some_and(|kept| M::repeatable(kept) != BodyReplay::No);
+        let safe_requests = settings.safe_requests();
+        let rules = settings.save_rules(&safe_requests, self.core.misconfigured, self.marks);
+        let is_grpc = M::is_grpc(&request);
+        let mut saved = M::save(&request, rules);
+        let first = M::first_attempt(request, saved.as_mut(), rules);
+        let can_hedge = saved.as_ref().is_some_and(|saved| M::body_replay(saved) != BodyReplay::No);
         // If the delay exceeds the range of the clock, no hedge attempt is sent.
-        let began = settings.learns().then(Instant::now);
-        let delay = if hedgeable { settings.delay() } else { None };
+        let began = settings.records_latency().then(Instant::now);
+        let delay = if can_hedge { settings.delay() } else { None };
         let at = delay.and_then(|delay| began.unwrap_or_else(Instant::now).checked_add(delay));
         HedgeFuture {
             first: Some(AttemptFuture::new(self.inner.call(first))),
             hedges: Vec::new(),
-            next: Next::due(at),
+            next: NextHedge::due(at),
             sent: 0,
             has_dropped_sent: false,
             began,
             core: self.core.lease(),
-            protocol: self.protocol.clone(),
-            is_grpc_call,
-            kept,
-            _request: PhantomData,
+            call: SavedCall::new(self.protocol.clone(), is_grpc, saved),
         }
     }
 }
@@ -111,16 +118,19 @@ where
 pin_project! {
     /// The future of a [`Hedge`]'s call. Dropping it drops all attempts, and refunds the withdrawal of a hedge attempt
     /// that has not been sent.
+    ///
+    /// `F` is the future of the wrapped service, `P` a response that has not been returned yet, and `C` the
+    /// [saved request](crate::attempt::SavedCall).
     #[project = HedgeProj]
-    pub struct HedgeFuture<S, Req, F, M, K, H> {
+    pub struct HedgeFuture<S, F, P, C> {
         // `None` after a bad response, while hedge attempts are in flight.
         #[pin]
-        first: Option<AttemptFuture<F, H>>,
+        first: Option<AttemptFuture<F, P>>,
         // The hedge attempts in flight, in the order in which they were sent. They are boxed, so that a call without a
         // hedge attempt neither holds nor moves space for them.
-        hedges: Vec<Pin<Box<AttemptFuture<F, H>>>>,
+        hedges: Vec<Pin<Box<AttemptFuture<F, P>>>>,
         #[pin]
-        next: Next<S>,
+        next: NextHedge<S>,
         // The number of hedge attempts that were sent.
         sent: u32,
         // A bad response was dropped, and the upstream may have received its attempt.
@@ -128,17 +138,14 @@ pin_project! {
         // `None` if the latency of the call is not recorded.
         began: Option<Instant>,
         core: ShardedRef<Core<S, HedgeSettings>>,
-        protocol: M,
-        is_grpc_call: bool,
-        kept: Option<K>,
-        _request: PhantomData<fn(Req)>,
+        call: C,
     }
 }
 
 pin_project! {
     /// The hedge attempt that is sent next.
-    #[project = NextProj]
-    enum Next<S> {
+    #[project = NextHedgeProj]
+    enum NextHedge<S> {
         // The attempts in flight have not been polled since this was set, so there is no timer yet.
         Due { at: Instant },
         Delayed { #[pin] delay: Sleep },
@@ -150,13 +157,13 @@ pin_project! {
     }
 }
 
-impl<S> Next<S> {
+impl<S> NextHedge<S> {
     fn due(at: Option<Instant>) -> Self {
         at.map_or(Self::Nothing, |at| Self::Due { at })
     }
 }
 
-impl<S, M, Req> HedgeProj<'_, S, Req, S::Future, M, M::Kept, M::Held>
+impl<S, M, Req> HedgeProj<'_, S, S::Future, M::Pending, SavedCall<Req, M, M::Saved>>
 where
     S: Service<M::Request>,
     M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
@@ -164,7 +171,7 @@ where
     /// Returns the response of an attempt, and drops the attempts that are still in flight.
     fn respond(
         &mut self,
-        held: M::Held,
+        pending: M::Pending,
         outcome: Outcome,
         won: bool,
     ) -> Result<M::Response, M::Error> {
@@ -172,17 +179,18 @@ where
             self.first.set(None);
             self.hedges.clear();
         });
-        self.next.set(Next::Returned);
-        *self.kept = None;
-        let result = M::pass(held, (*self.sent > 0).then_some(Hedged { won, sent: *self.sent }));
+        self.next.set(NextHedge::Returned);
+        self.call.saved = None;
+        let result =
+            M::return_hedged(pending, (*self.sent > 0).then_some(Hedged { won, sent: *self.sent }));
         match *self.has_dropped_sent && !FailureKind::of(outcome).may_be_seen() {
-            true => M::sent_before(result),
+            true => M::mark_sent_before(result),
             false => result,
         }
     }
 }
 
-impl<S, M, Req> Future for HedgeFuture<S, Req, S::Future, M, M::Kept, M::Held>
+impl<S, M, Req> Future for HedgeFuture<S, S::Future, M::Pending, SavedCall<Req, M, M::Saved>>
 where
     S: Service<M::Request> + Clone,
     M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
@@ -191,26 +199,25 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        let is_grpc_call = *this.is_grpc_call;
-        let mut waits = Waits(None);
+        let mut wait = ReportedWait(None);
         // The attempts are polled before the timer, so that a call with an available response is not hedged.
         if let Some(mut first) = this.first.as_mut().as_pin_mut() {
             WaitsFor::reset();
-            match first.as_mut().poll_held(&*this.protocol, is_grpc_call, cx) {
-                Poll::Pending => waits.add(WaitsFor::reported()),
-                Poll::Ready(weight) => {
-                    if is_good(weight) {
-                        this.core.well(this.began.take());
+            match first.as_mut().poll_outcome(&this.call.protocol, this.call.is_grpc, cx) {
+                Poll::Pending => wait.add(WaitsFor::reported()),
+                Poll::Ready(classified) => {
+                    if is_good(classified) {
+                        this.core.record_good(this.began.take());
                     }
-                    if is_good(weight) || this.hedges.is_empty() {
-                        let held = first.take();
-                        return Poll::Ready(this.respond(held, weight.1, false));
+                    if is_good(classified) || this.hedges.is_empty() {
+                        let pending = first.take_pending();
+                        return Poll::Ready(this.respond(pending, classified.1, false));
                     }
-                    *this.has_dropped_sent |= FailureKind::of(weight.1).may_be_seen();
-                    this.core.settings.report_bad(weight.1, this.hedges.len());
+                    *this.has_dropped_sent |= FailureKind::of(classified.1).may_be_seen();
+                    this.core.settings.report_bad(classified.1, this.hedges.len());
                     // This releases the permit and the connection, for which a hedge attempt may wait.
                     this.first.set(None);
-                    this.next.set(Next::Nothing);
+                    this.next.set(NextHedge::Nothing);
                 }
             }
         }
@@ -219,46 +226,47 @@ where
             let is_only = this.first.is_none() && this.hedges.len() == 1;
             if let Some(hedge) = this.hedges.get_mut(polled) {
                 WaitsFor::reset();
-                let held = hedge.as_mut().poll_held(&*this.protocol, is_grpc_call, cx);
-                let Poll::Ready(weight) = held else {
-                    waits.add(WaitsFor::reported());
+                let polled_hedge =
+                    hedge.as_mut().poll_outcome(&this.call.protocol, this.call.is_grpc, cx);
+                let Poll::Ready(classified) = polled_hedge else {
+                    wait.add(WaitsFor::reported());
                     polled += 1;
                     continue;
                 };
-                if is_good(weight) {
-                    this.core.well(this.began.take());
+                if is_good(classified) {
+                    this.core.record_good(this.began.take());
                 }
-                if is_good(weight) || is_only {
-                    let held = hedge.as_mut().take();
+                if is_good(classified) || is_only {
+                    let pending = hedge.as_mut().take_pending();
                     this.core.settings.won.fetch_add(1, Ordering::Relaxed);
-                    return Poll::Ready(this.respond(held, weight.1, true));
+                    return Poll::Ready(this.respond(pending, classified.1, true));
                 }
-                *this.has_dropped_sent |= FailureKind::of(weight.1).may_be_seen();
+                *this.has_dropped_sent |= FailureKind::of(classified.1).may_be_seen();
                 drop(this.hedges.remove(polled));
                 let in_flight = this.hedges.len() + usize::from(this.first.is_some());
-                this.core.settings.report_bad(weight.1, in_flight);
-                this.next.set(Next::Nothing);
+                this.core.settings.report_bad(classified.1, in_flight);
+                this.next.set(NextHedge::Nothing);
                 continue;
             }
             match this.next.as_mut().project() {
-                NextProj::Due { at } => {
+                NextHedgeProj::Due { at } => {
                     let delay = sleep_until(*at);
-                    this.next.set(Next::Delayed { delay });
+                    this.next.set(NextHedge::Delayed { delay });
                 }
-                NextProj::Delayed { delay } => {
+                NextHedgeProj::Delayed { delay } => {
                     if delay.poll(cx).is_pending() {
                         break;
                     }
-                    let next = prepare::<S, Req, M>(this.core, this.kept.as_ref());
+                    let next = prepare(this.core, this.call);
                     this.next.set(next);
                 }
-                NextProj::Readying { service, withdrawal } => {
+                NextHedgeProj::Readying { service, withdrawal } => {
                     let Poll::Ready(ready) = service.poll_ready(cx) else {
-                        waits.add(WaitsFor::Client);
+                        wait.add(WaitsFor::Client);
                         break;
                     };
-                    let (Ok(()), Some(kept)) = (ready, this.kept.as_ref()) else {
-                        this.next.set(Next::Nothing);
+                    let (Ok(()), Some(saved)) = (ready, this.call.saved.as_ref()) else {
+                        this.next.set(NextHedge::Nothing);
                         continue;
                     };
                     if let Some(withdrawal) = withdrawal.take() {
@@ -275,21 +283,21 @@ where
                         delay_ms = settings.delay().map(|delay| delay.as_millis() as u64),
                         "hedging"
                     );
-                    let hedge = service.call(M::hedge_attempt(kept, *this.sent));
+                    let hedge = service.call(M::hedge_attempt(saved, *this.sent));
                     this.hedges.push(Box::pin(AttemptFuture::new(hedge)));
                     let further = *this.sent < settings.max_hedges();
                     let delay = if further { settings.delay() } else { None };
                     let at = delay.and_then(|delay| Instant::now().checked_add(delay));
                     if at.is_none() {
-                        *this.kept = None;
+                        this.call.saved = None;
                     }
-                    this.next.set(Next::due(at));
+                    this.next.set(NextHedge::due(at));
                 }
-                NextProj::Nothing => break,
-                NextProj::Returned => unreachable!("polled after completion"),
+                NextHedgeProj::Nothing => break,
+                NextHedgeProj::Returned => unreachable!("polled after completion"),
             }
         }
-        waits.report();
+        wait.report();
         Poll::Pending
     }
 }
@@ -297,21 +305,21 @@ where
 /// The wait of a call with several attempts, as it is reported to the outer layers. A wait for the upstream takes
 /// precedence over a wait for the caller or the transport. Both take precedence over a wait inside the client, so that
 /// a hedge attempt in a queue does not hide a first attempt that hangs.
-struct Waits(Option<WaitsFor>);
+struct ReportedWait(Option<WaitsFor>);
 
-impl Waits {
-    fn add(&mut self, what: WaitsFor) {
-        let rank = |what: &WaitsFor| match what {
+impl ReportedWait {
+    fn add(&mut self, waits_for: WaitsFor) {
+        let rank = |waits_for: &WaitsFor| match waits_for {
             WaitsFor::Upstream => 0,
             WaitsFor::Client => 2,
             _ => 1,
         };
-        self.0 = self.0.into_iter().chain([what]).min_by_key(rank);
+        self.0 = self.0.into_iter().chain([waits_for]).min_by_key(rank);
     }
 
     fn report(self) {
-        if let Some(what) = self.0 {
-            what.report();
+        if let Some(waits_for) = self.0 {
+            waits_for.report();
         }
     }
 }
@@ -332,24 +340,27 @@ impl HedgeSettings {
 
 impl<S> Core<S, HedgeSettings> {
     /// Records a good response: its latency, and the deposit in the budget.
-    fn well(&self, began: Option<Instant>) {
-        self.settings.took(began);
-        self.answered();
+    fn record_good(&self, began: Option<Instant>) {
+        self.settings.record_latency(began);
+        self.deposit_first();
     }
 }
 
 /// Prepares a hedge attempt after its delay. The budget is checked last, so that an attempt that cannot be sent makes
 /// no withdrawal.
-fn prepare<S, Req, M>(core: &Core<S, HedgeSettings>, kept: Option<&M::Kept>) -> Next<S>
+fn prepare<S, Req, M>(
+    core: &Core<S, HedgeSettings>,
+    call: &SavedCall<Req, M, M::Saved>,
+) -> NextHedge<S>
 where
-    S: Service<M::Request> + Clone,
-    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
+    S: Clone,
+    M: ReplayRequest<Req>,
 {
-    if !kept.is_some_and(|kept| M::repeatable(kept) == BodyReplay::Yes) {
+    if !call.saved.as_ref().is_some_and(|saved| M::body_replay(saved) == BodyReplay::Yes) {
         event!(hedge, DEBUG, resilience.name = core.settings.name(), reason = "body", "not hedged");
-        return Next::Nothing;
+        return NextHedge::Nothing;
     }
-    if kept.and_then(M::deadline).is_some_and(|deadline| deadline.left().is_zero()) {
+    if call.deadline().is_some_and(|deadline| deadline.left().is_zero()) {
         event!(
             hedge,
             DEBUG,
@@ -357,7 +368,7 @@ where
             reason = "deadline_passed",
             "not hedged"
         );
-        return Next::Nothing;
+        return NextHedge::Nothing;
     }
     let withdrawal = core.budget.as_ref().map(|budget| budget.withdraw());
     if let Some(None) = withdrawal {
@@ -369,19 +380,19 @@ where
             reason = "budget_used_up",
             "not hedged"
         );
-        return Next::Nothing;
+        return NextHedge::Nothing;
     }
-    Next::Readying { service: core.service(), withdrawal: withdrawal.flatten() }
+    NextHedge::Readying { service: core.service(), withdrawal: withdrawal.flatten() }
 }
 
-impl<S, Req, F, M, K, H> fmt::Debug for HedgeFuture<S, Req, F, M, K, H> {
+impl<S, F, P, C> fmt::Debug for HedgeFuture<S, F, P, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match &self.next {
-            Next::Returned => "HedgeFuture(returned)",
+            NextHedge::Returned => "HedgeFuture(returned)",
             _ if self.sent > 0 => "HedgeFuture(hedged)",
-            Next::Due { .. } | Next::Delayed { .. } => "HedgeFuture(waiting)",
-            Next::Readying { .. } => "HedgeFuture(readying)",
-            Next::Nothing => "HedgeFuture(unhedged)",
+            NextHedge::Due { .. } | NextHedge::Delayed { .. } => "HedgeFuture(waiting)",
+            NextHedge::Readying { .. } => "HedgeFuture(readying)",
+            NextHedge::Nothing => "HedgeFuture(unhedged)",
         })
     }
 }

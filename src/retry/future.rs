@@ -1,7 +1,6 @@
 use std::{
     fmt,
     future::Future,
-    marker::PhantomData,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -13,58 +12,62 @@ use tower_service::Service;
 use super::{
     overrides::AttemptContext,
     settings::RetrySettings,
-    span::Span,
-    state::{Course, Kept, Wait},
+    span::AttemptSpan,
+    state::{EndedAttempt, RetryDelay, RetryState},
 };
 use crate::{
     attempt::{
-        AttemptFuture, AttemptResponse, ClassifyAttempt, Core, GiveUpReason, Head, ReplayRequest,
-        RetryAction, classify_by_request, earns_deposit, failed_status, is_good,
+        AttemptFuture, AttemptResponse, ClassifyAttempt, Core, GiveUpReason, PolledHead,
+        ReplayRequest, RetryAction, SavedCall, classify_by_request, earns_deposit, failed_status,
+        is_good,
     },
     outcome::{
         DropCause, LayerKind, Outcome, Rejected, RejectedKind, TimeoutPhase, WaitsFor, grpc,
     },
     permit::ShardedRef,
-    time::{may_have_expired, poll_timer},
+    time::{Deadline, may_have_expired, poll_timer},
 };
 
 pin_project! {
     /// The future of a [`Retry`](super::service::Retry)'s call.
     ///
+    /// `F` is the future of the wrapped service, `P` a response that has not been returned yet, and `C` the
+    /// [saved request](crate::attempt::SavedCall).
+    ///
     /// Dropping it drops the attempt in flight. If it is dropped during a delay, the withdrawal for the next attempt is
     /// refunded.
-    pub struct RetryFuture<S, Req, F, M, K, H> {
+    pub struct RetryFuture<S, F, P, C> {
         #[pin]
-        pub(super) state: RetryStage<F, H>,
+        pub(super) stage: RetryStage<F, P>,
         // The span of the attempt in flight.
-        pub(super) span: Span,
+        pub(super) span: AttemptSpan,
         pub(super) core: ShardedRef<Core<S, RetrySettings>>,
-        pub(super) protocol: M,
-        pub(super) is_grpc_call: bool,
-        pub(super) kept: Option<K>,
+        pub(super) call: C,
         // `None` until an attempt has failed.
-        pub(super) course: Option<Box<Course<S>>>,
-        pub(super) _request: PhantomData<fn(Req)>,
+        pub(super) state: Option<Box<RetryState<S>>>,
     }
 }
 
 pin_project! {
     #[project = RetryStageProj]
-    pub(super) enum RetryStage<F, H> {
+    pub(super) enum RetryStage<F, P> {
         // The deadline had passed before the call.
-        Unbegun,
-        Calling { #[pin] attempt: AttemptFuture<F, H> },
+        Expired,
+        Calling { #[pin] attempt: AttemptFuture<F, P> },
         // The discarded response is drained for a short time.
-        Discarding { held: H, #[pin] longest: Sleep, wait: Wait },
-        Waiting { #[pin] backoff: Sleep },
-        // The service of the next attempt is not ready. `late` is the deadline, if there is one.
-        Readying { #[pin] late: Option<Sleep> },
+        Draining { pending: P, #[pin] timeout: Sleep, delay: RetryDelay },
+        Delaying { #[pin] delay: Sleep },
+        // The service of the next attempt is not ready. The timer is that of the deadline, if there is one.
+        Readying { #[pin] deadline: Option<Sleep> },
         // A timeout or the deadline has ended the attempt or the call.
-        Over,
+        Ended,
     }
 }
 
-impl<S, M, Req> Future for RetryFuture<S, Req, S::Future, M, M::Kept, M::Held>
+/// The maximum number of attempts within one poll. Attempts that fail at once, with no delay between them, reach it.
+const MAX_ATTEMPTS_PER_POLL: u32 = 16;
+
+impl<S, M, Req> Future for RetryFuture<S, S::Future, M::Pending, SavedCall<Req, M, M::Saved>>
 where
     S: Service<M::Request> + Clone,
     M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
@@ -73,39 +76,41 @@ where
 
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut made = 0;
+        let mut attempts = 0;
         loop {
             let this = self.as_mut().project();
-            if let RetryStageProj::Calling { mut attempt } = this.state.project() {
-                let until = || until::<S, Req, M>(this.core, this.kept.as_ref());
+            if let RetryStageProj::Calling { mut attempt } = this.stage.project() {
+                let until = || Self::max_head_time(&this.core.settings, this.call);
                 let entered = this.span.enter();
-                let late = match ready!(attempt.as_mut().poll_head(until, cx)) {
-                    Head::Here(result) => {
-                        let weight = this.protocol.weigh(*this.is_grpc_call, &result);
-                        let plain = this.course.is_none() && !this.core.settings.says();
+                let is_timed_out = match ready!(attempt.as_mut().poll_head(until, cx)) {
+                    PolledHead::Available(result) => {
+                        let classified = this.call.protocol.classify(this.call.is_grpc, &result);
+                        let is_plain = this.state.is_none() && !this.core.settings.has_overrides();
                         if let Some((_, outcome)) =
-                            weight.filter(|&weight| plain && is_good(weight))
+                            classified.filter(|&classified| is_plain && is_good(classified))
                         {
                             if earns_deposit(outcome) {
-                                this.core.answered();
+                                this.core.deposit_first();
                             }
                             this.core.settings.deposit_transparent();
-                            return Poll::Ready(M::give(result));
+                            return Poll::Ready(M::return_first(result));
                         }
-                        attempt.as_mut().hold(M::hold(result, weight));
+                        attempt.as_mut().store(M::pending(result, classified));
                         false
                     }
-                    Head::Held => false,
-                    Head::Late => true,
+                    PolledHead::Stored => false,
+                    PolledHead::TimedOut => true,
                 };
-                let weight =
-                    if late { None } else { Some(ready!(attempt.poll_weigh::<M, _, _>(cx))) };
+                let classified = match is_timed_out {
+                    true => None,
+                    false => Some(ready!(attempt.poll_classify::<M, _, _>(cx))),
+                };
                 drop(entered);
-                if let Some(end) = self.as_mut().ended(weight) {
+                if let Some(end) = self.as_mut().end_attempt(classified) {
                     return Poll::Ready(end);
                 }
-            } else if matches!(self.state, RetryStage::Unbegun) {
-                return Poll::Ready(self.too_late());
+            } else if matches!(self.stage, RetryStage::Expired) {
+                return Poll::Ready(self.end_at_deadline());
             }
             let Poll::Ready(end) = self.as_mut().poll_between(cx) else {
                 WaitsFor::Client.report();
@@ -114,8 +119,8 @@ where
             if let Some(end) = end {
                 return Poll::Ready(end);
             }
-            made += 1;
-            if made == MOST_AT_ONCE {
+            attempts += 1;
+            if attempts == MAX_ATTEMPTS_PER_POLL {
                 // Yields to the runtime, so that for example an outer timeout is polled.
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
@@ -124,85 +129,89 @@ where
     }
 }
 
-/// The maximum number of attempts within one poll. Attempts that fail at once, with no delay between them, reach it.
-const MOST_AT_ONCE: u32 = 16;
-
-/// Returns whether the deadline of the call passes by the instant `then`.
-#[inline]
-pub(super) fn ends_by<S, Req, M>(kept: Option<&M::Kept>, then: impl FnOnce() -> Instant) -> bool
+/// The deadline and the timeouts of a call.
+impl<S, M, Req> RetryFuture<S, S::Future, M::Pending, SavedCall<Req, M, M::Saved>>
 where
     S: Service<M::Request>,
     M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
-    M::TAKES_ERRORS && kept.and_then(M::deadline).is_some_and(|deadline| deadline.at() <= then())
-}
-
-/// Returns whether a failed attempt only reports that the deadline has passed. The server or a timer of the client,
-/// such as that of a tonic channel on `grpc-timeout`, may expire earlier than the timer of the retry. A rejection stays
-/// as it is.
-fn reports_deadline<S, Req, M>(held: &M::Held, kept: Option<&M::Kept>) -> bool
-where
-    S: Service<M::Request>,
-    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
-{
-    let Some(deadline) = kept.and_then(M::deadline).filter(|_| M::TAKES_ERRORS) else {
-        return false;
-    };
-    let is_report = match M::answer(held) {
-        Some(AttemptResponse::Error(error)) => Rejected::find(error).is_none(),
-        Some(AttemptResponse::Head(_, headers, _)) => grpc::is_cancelled(headers),
-        _ => false,
-    };
-    is_report && may_have_expired(deadline.at())
-}
-
-/// Returns the instant at which the response head is late: the earlier of the attempt timeout, which starts now, and
-/// the deadline.
-fn until<S, Req, M>(core: &Core<S, RetrySettings>, kept: Option<&M::Kept>) -> Option<Instant>
-where
-    S: Service<M::Request>,
-    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
-{
-    if !M::TAKES_ERRORS {
-        return None;
+    /// Returns the deadline of the call. `None` if the protocol has no error for it.
+    #[inline]
+    fn deadline(call: &SavedCall<Req, M, M::Saved>) -> Option<Deadline> {
+        if M::ACCEPTS_ERRORS { call.deadline() } else { None }
     }
-    let limit = core.settings.attempt_timeout();
-    let limit = limit.and_then(|limit| Instant::now().checked_add(limit));
-    let deadline = kept.and_then(M::deadline).map(|deadline| deadline.at());
-    limit.into_iter().chain(deadline).min()
+
+    /// Returns whether the deadline of the call passes by the instant `then`.
+    #[inline]
+    pub(super) fn expires_by(
+        call: &SavedCall<Req, M, M::Saved>,
+        then: impl FnOnce() -> Instant,
+    ) -> bool {
+        Self::deadline(call).is_some_and(|deadline| deadline.at() <= then())
+    }
+
+    /// Returns the instant at which the time for the response head has passed: the earlier of the attempt timeout,
+    /// which starts now, and the deadline.
+    fn max_head_time(
+        settings: &RetrySettings,
+        call: &SavedCall<Req, M, M::Saved>,
+    ) -> Option<Instant> {
+        if !M::ACCEPTS_ERRORS {
+            return None;
+        }
+        let timeout = settings.attempt_timeout();
+        let timeout = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = call.deadline().map(|deadline| deadline.at());
+        timeout.into_iter().chain(deadline).min()
+    }
+
+    /// Returns whether a failed attempt only reports that the deadline has passed. The server or a timer of the client,
+    /// such as that of a tonic channel on `grpc-timeout`, may expire earlier than the timer of the retry. A rejection
+    /// stays as it is.
+    fn reports_deadline(pending: &M::Pending, call: &SavedCall<Req, M, M::Saved>) -> bool {
+        let Some(deadline) = Self::deadline(call) else { return false };
+        let is_report = match M::response(pending) {
+            Some(AttemptResponse::Error(error)) => Rejected::find(error).is_none(),
+            Some(AttemptResponse::Head(_, headers, _)) => grpc::is_cancelled(headers),
+            None => false,
+        };
+        is_report && may_have_expired(deadline.at())
+    }
 }
 
-impl<S, M, Req> RetryFuture<S, Req, S::Future, M, M::Kept, M::Held>
+impl<S, M, Req> RetryFuture<S, S::Future, M::Pending, SavedCall<Req, M, M::Saved>>
 where
     S: Service<M::Request> + Clone,
     M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
-    /// Handles the end of an attempt. `weight` is its class and outcome, or `None` if the response head is late.
+    /// Handles the end of an attempt. `classified` is its class and outcome, or `None` if the time for the
+    /// response head has passed.
     ///
     /// Returns the result of the call, or `None` if the response is discarded and a further attempt follows.
-    fn ended(
+    fn end_attempt(
         mut self: Pin<&mut Self>,
-        weight: Option<(RetryAction, Outcome)>,
+        classified: Option<(RetryAction, Outcome)>,
     ) -> Option<Result<M::Response, M::Error>> {
         let mut this = self.as_mut().project();
-        let kept = this.kept.as_ref();
-        let (held, (mut class, mut outcome)) = match (weight, this.state.as_mut().project()) {
-            (Some(weight), RetryStageProj::Calling { attempt }) => {
-                let held = attempt.take();
-                if reports_deadline::<S, Req, M>(&held, kept) {
-                    return Some(self.too_late());
+        let saved = this.call.saved.as_ref();
+        let (pending, (mut class, mut outcome)) = match (classified, this.stage.as_mut().project())
+        {
+            (Some(classified), RetryStageProj::Calling { attempt }) => {
+                let pending = attempt.take_pending();
+                if Self::reports_deadline(&pending, this.call) {
+                    return Some(self.end_at_deadline());
                 }
-                (held, weight)
+                (pending, classified)
             }
-            _ if ends_by::<S, Req, M>(kept, Instant::now) => {
-                return Some(self.too_late());
+            _ if Self::expires_by(this.call, Instant::now) => {
+                return Some(self.end_at_deadline());
             }
             _ => {
                 // Marks the drop of the attempt as a timeout. Inner layers would otherwise record it as a hang-up.
                 DropCause::TimedOut(this.core.settings.attempt_timeout())
-                    .during(|| this.state.set(RetryStage::Over));
-                let late = RejectedKind::TimedOut(TimeoutPhase::Head);
-                M::failed(Rejected::by(LayerKind::Retry, late).into())?
+                    .during(|| this.stage.set(RetryStage::Ended));
+                let timed_out = RejectedKind::TimedOut(TimeoutPhase::Head);
+                M::pending_error(Rejected::by(LayerKind::Retry, timed_out).into())?
             }
         };
         this.span.end(outcome);
@@ -210,70 +219,70 @@ where
         if outcome.has_response() {
             settings.deposit_transparent();
         }
-        let first = this.course.is_none();
-        let said = settings.says();
-        let alone = |class, outcome: Outcome| {
-            let alone = class == RetryAction::Final && first;
-            if alone && earns_deposit(outcome) {
-                this.core.answered();
+        let is_first = this.state.is_none();
+        let has_overrides = settings.has_overrides();
+        let ends_first = |class, outcome: Outcome| {
+            let ends_first = class == RetryAction::Done && is_first;
+            if ends_first && earns_deposit(outcome) {
+                this.core.deposit_first();
             }
-            alone
+            ends_first
         };
-        if !said && alone(class, outcome) {
-            return Some(M::release(held, None));
+        if !has_overrides && ends_first(class, outcome) {
+            return Some(M::return_recorded(pending, None));
         }
         let policy = settings.policy();
         class = policy.classify_rejection(class, outcome);
         // The server declares that it has not processed the request.
         let mut is_unprocessed = false;
-        if let (Some(kept), Some(answer)) = (kept, M::answer(&held)) {
+        if let (Some(saved), Some(response)) = (saved, M::response(&pending)) {
             (class, is_unprocessed) =
-                classify_by_request(class, outcome, answer, first, |name: &str| {
-                    M::header(kept, name)
+                classify_by_request(class, outcome, response, is_first, |name: &str| {
+                    M::header(saved, name)
                 });
-            if let (RetryAction::Retryable, true, AttemptResponse::Head(status, headers, _)) =
-                (class, outcome.is_success(), answer)
+            if let (RetryAction::Retry, true, AttemptResponse::Head(status, headers, _)) =
+                (class, outcome.is_success(), response)
             {
                 outcome = failed_status(status, headers);
             }
         }
-        let mut vouched = is_unprocessed;
-        if said {
-            if let (Some(kept), Some(answer)) = (kept, M::answer(&held)) {
-                let attempt = this.course.as_ref().map_or(1, |course| course.made());
-                let head = || M::head(kept);
-                let mut seen = AttemptContext::new(&head, answer, outcome, attempt);
+        let mut is_declared_safe = is_unprocessed;
+        if has_overrides {
+            if let (Some(saved), Some(response)) = (saved, M::response(&pending)) {
+                let attempt = this.state.as_ref().map_or(1, |state| state.made());
+                let head = || M::head(saved);
+                let mut context = AttemptContext::new(&head, response, outcome, attempt);
                 let by_user;
-                (class, by_user) = policy.say.judge(class, &mut seen);
-                vouched |= by_user;
-                outcome = seen.outcome;
+                (class, by_user) = policy.overrides.apply(class, &mut context);
+                is_declared_safe |= by_user;
+                outcome = context.outcome;
             }
         }
-        if alone(class, outcome) {
-            return Some(M::release(held, None));
+        if ends_first(class, outcome) {
+            return Some(M::return_recorded(pending, None));
         }
-        let course = this.course.get_or_insert_with(Box::default);
-        let is_error = M::is_error(&held);
-        let known = kept.map(|kept| Kept {
-            safe: vouched || M::safe(kept, &policy.safe),
+        let state = this.state.get_or_insert_with(Box::default);
+        let is_error = M::is_error(&pending);
+        let ended = saved.map(|saved| EndedAttempt {
+            is_safe: is_declared_safe || M::is_safe(saved, &policy.safe_requests),
             is_unprocessed,
             is_error,
-            body: M::repeatable(kept),
-            deadline: M::deadline(kept),
-            has_inner_attempts: M::has_inner_attempts(&held),
-            is_sent_before: M::is_sent_before(&held),
+            body: M::body_replay(saved),
+            deadline: M::deadline(saved),
+            has_inner_attempts: M::has_inner_attempts(&pending),
+            is_sent_before: M::is_sent_before(&pending),
         });
-        let claim = || kept.is_some_and(M::claim);
-        match course.next(this.core, &policy, (class, outcome, is_error), known, claim) {
-            Ok(wait) => {
-                this.state.set(RetryStage::Discarding {
-                    held,
-                    longest: sleep(wait.drain_time),
-                    wait,
+        let take_over = || saved.is_some_and(M::take_over);
+        match state.plan_retry(this.core, &policy, (class, outcome, is_error), ended, take_over) {
+            Ok(delay) => {
+                this.stage.set(RetryStage::Draining {
+                    pending,
+                    timeout: sleep(delay.max_drain_time),
+                    delay,
                 });
                 None
             }
-            Err(stop) => Some(M::release(held, Some(course.end(settings, stop)))),
+            Err(stop) => Some(M::return_recorded(pending, Some(state.give_up(settings, stop)))),
         }
     }
 
@@ -286,57 +295,59 @@ where
     ) -> Poll<Option<Result<M::Response, M::Error>>> {
         loop {
             let mut this = self.as_mut().project();
-            let (Some(course), core) = (this.course.as_mut(), &**this.core) else {
+            let (Some(state), core) = (this.state.as_mut(), &**this.core) else {
                 unreachable!("polled after completion")
             };
-            match this.state.as_mut().project() {
+            match this.stage.as_mut().project() {
                 RetryStageProj::Calling { .. } => return Poll::Ready(None),
-                RetryStageProj::Discarding { held, longest, wait } => {
-                    let cap = wait.drain_cap;
-                    if M::poll_discard(held, cap, cx).is_pending() {
-                        ready!(poll_timer(longest, cx));
+                RetryStageProj::Draining { pending, timeout, delay } => {
+                    let cap = delay.max_drain_bytes;
+                    if M::poll_discard(pending, cap, cx).is_pending() {
+                        ready!(poll_timer(timeout, cx));
                     }
-                    let left = wait.left();
+                    let left = delay.left();
                     // The change of the state drops the rest of the response before the delay, and thereby releases the
                     // permits that inner layers hold for it. A delay that is already over gets no timer, because a
                     // timer takes at least one tick of the runtime.
-                    this.state.set(if left.is_zero() {
-                        RetryStage::Readying { late: None }
+                    this.stage.set(if left.is_zero() {
+                        RetryStage::Readying { deadline: None }
                     } else {
-                        RetryStage::Waiting { backoff: sleep(left) }
+                        RetryStage::Delaying { delay: sleep(left) }
                     });
                 }
-                RetryStageProj::Waiting { backoff } => {
-                    ready!(backoff.poll(cx));
-                    this.state.set(RetryStage::Readying { late: None });
+                RetryStageProj::Delaying { delay } => {
+                    ready!(delay.poll(cx));
+                    this.stage.set(RetryStage::Readying { deadline: None });
                 }
-                RetryStageProj::Readying { mut late } => {
-                    let Poll::Ready(ready) = course.service(core).poll_ready(cx) else {
-                        if late.is_none() && M::TAKES_ERRORS {
-                            let deadline = this.kept.as_ref().and_then(M::deadline);
-                            late.set(deadline.map(|deadline| sleep_until(deadline.at())));
+                RetryStageProj::Readying { mut deadline } => {
+                    let Poll::Ready(ready) = state.service(core).poll_ready(cx) else {
+                        if deadline.is_none() {
+                            let at = Self::deadline(this.call).map(|deadline| deadline.at());
+                            deadline.set(at.map(sleep_until));
                         }
-                        let Some(late) = late.as_pin_mut() else { return Poll::Pending };
-                        ready!(poll_timer(late, cx));
-                        return Poll::Ready(Some(self.too_late()));
+                        let Some(deadline) = deadline.as_pin_mut() else { return Poll::Pending };
+                        ready!(poll_timer(deadline, cx));
+                        return Poll::Ready(Some(self.end_at_deadline()));
                     };
                     if let Err(error) = ready {
-                        let record = course.end(&core.settings, GiveUpReason::NotReady);
-                        return Poll::Ready(Some(Err(M::broken(error, record))));
+                        let record = state.give_up(&core.settings, GiveUpReason::NotReady);
+                        return Poll::Ready(Some(Err(M::readiness_error(error, record))));
                     }
-                    if ends_by::<S, Req, M>(this.kept.as_ref(), Instant::now) {
-                        return Poll::Ready(Some(self.too_late()));
+                    if Self::expires_by(this.call, Instant::now) {
+                        return Poll::Ready(Some(self.end_at_deadline()));
                     }
-                    let Some(kept) = this.kept else { unreachable!("saved for every retry") };
-                    let attempt = course.begin();
+                    let Some(saved) = &this.call.saved else {
+                        unreachable!("saved for every retry")
+                    };
+                    let attempt = state.begin_attempt();
                     core.settings.count_retry();
-                    *this.span = Span::further(attempt.number - 1, course.waited());
+                    *this.span = AttemptSpan::further(attempt.number - 1, state.delay());
                     let entered = this.span.enter();
-                    let future = course.service(core).call(M::again(kept, attempt));
+                    let future = state.service(core).call(M::replay(saved, attempt));
                     drop(entered);
-                    this.state.set(RetryStage::Calling { attempt: AttemptFuture::new(future) });
+                    this.stage.set(RetryStage::Calling { attempt: AttemptFuture::new(future) });
                 }
-                RetryStageProj::Unbegun | RetryStageProj::Over => {
+                RetryStageProj::Expired | RetryStageProj::Ended => {
                     unreachable!("polled after completion")
                 }
             }
@@ -344,39 +355,39 @@ where
     }
 
     /// Ends the call because its deadline has passed. An attempt in flight is dropped.
-    fn too_late(self: Pin<&mut Self>) -> Result<M::Response, M::Error> {
+    fn end_at_deadline(self: Pin<&mut Self>) -> Result<M::Response, M::Error> {
         let mut this = self.project();
-        let course = this.course.get_or_insert_with(Box::default);
-        let source = this.kept.as_ref().and_then(M::deadline).map(|deadline| deadline.source());
+        let state = this.state.get_or_insert_with(Box::default);
+        let source = this.call.deadline().map(|deadline| deadline.source());
         let rejected = |kind| Rejected::by(LayerKind::Retry, kind);
-        let rejected = match this.state.as_mut().project() {
+        let rejected = match this.stage.as_mut().project() {
             RetryStageProj::Calling { .. } => {
                 let rejected = rejected(RejectedKind::TimedOut(TimeoutPhase::Deadline))
                     .with_deadline_source(source);
-                this.span.end(course.cut_short(&rejected));
+                this.span.end(state.record_rejected(&rejected));
                 rejected
             }
-            RetryStageProj::Unbegun => {
-                course.not_begun();
+            RetryStageProj::Expired => {
+                state.record_no_attempt();
                 rejected(RejectedKind::DeadlinePassed)
             }
             _ => rejected(RejectedKind::DeadlinePassed),
         };
         match source.and_then(DropCause::of_deadline) {
-            Some(cause) => cause.during(|| this.state.set(RetryStage::Over)),
-            None => this.state.set(RetryStage::Over),
+            Some(cause) => cause.during(|| this.stage.set(RetryStage::Ended)),
+            None => this.stage.set(RetryStage::Ended),
         }
-        let record = course.end(&this.core.settings, GiveUpReason::DeadlinePassed);
-        let Some((held, _)) = M::failed(rejected.into()) else {
-            unreachable!("only a protocol with TAKES_ERRORS has a deadline")
+        let record = state.give_up(&this.core.settings, GiveUpReason::DeadlinePassed);
+        let Some((pending, _)) = M::pending_error(rejected.into()) else {
+            unreachable!("only a protocol that accepts errors has a deadline")
         };
-        M::release(held, Some(record))
+        M::return_recorded(pending, Some(record))
     }
 }
 
-impl<S, Req, F, M, K, H> fmt::Debug for RetryFuture<S, Req, F, M, K, H> {
+impl<S, F, P, C> fmt::Debug for RetryFuture<S, F, P, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let attempt = self.course.as_ref().map_or(1, |course| course.made());
+        let attempt = self.state.as_ref().map_or(1, |state| state.made());
         f.debug_struct("RetryFuture").field("attempt", &attempt).finish_non_exhaustive()
     }
 }

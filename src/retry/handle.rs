@@ -1,11 +1,23 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use super::settings::RetrySettings;
+use http::{Method, StatusCode};
 
-/// A handle to the counts of a retry layer. To change the settings, use a clone of the layer: see the
-/// [module](super#rules).
+use super::{
+    overrides::{AttemptContext, Failure},
+    policy::HintMode,
+    settings::RetrySettings,
+};
+use crate::{
+    attempt::{Backoff, DelaySource, FailureKind, SafeRequests},
+    error::ConfigError,
+};
+
+/// A handle that reads the counts of a retry layer and changes its settings while it runs.
+///
+/// The setters have the values and the errors of the layer's setters. They also change the services that the layer has
+/// built. A call sees a change at the end of its next attempt. Budget, name and protocol cannot change.
 #[derive(Clone, Debug)]
-pub struct RetryHandle(Arc<RetrySettings>);
+pub struct RetryHandle(pub(super) Arc<RetrySettings>);
 
 /// A snapshot of a retry layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -13,7 +25,8 @@ pub struct RetryHandle(Arc<RetrySettings>);
 pub struct RetrySnapshot {
     /// The number of attempts that were not the first of their call, including transparent retries.
     pub retries: u64,
-    /// The number of calls that ended with a [`GiveUpReason`](crate::attempt::GiveUpReason) other than `Answered` and `NotRetryable`.
+    /// The number of calls that ended with a [`GiveUpReason`](crate::attempt::GiveUpReason) other than `Answered` and
+    /// `NotRetryable`.
     pub gave_up: u64,
     /// The number of retries of this layer that the budget denied.
     pub budget_denied: u64,
@@ -22,10 +35,6 @@ pub struct RetrySnapshot {
 }
 
 impl RetryHandle {
-    pub(super) fn new(settings: Arc<RetrySettings>) -> Self {
-        Self(settings)
-    }
-
     /// Returns the current counts.
     #[must_use]
     pub fn snapshot(&self) -> RetrySnapshot {
@@ -37,5 +46,164 @@ impl RetryHandle {
             budget_denied,
             budget_balance: budget.as_ref().map(|budget| budget.balance()),
         }
+    }
+
+    // ===== Changes at run time =====
+
+    /// Sets the maximum number of attempts, as [`attempts`](super::layer::RetryLayer::attempts) does.
+    ///
+    /// # Errors
+    ///
+    /// The number is zero.
+    pub fn set_attempts(&self, attempts: u32) -> Result<(), ConfigError> {
+        if attempts == 0 {
+            return Err(ConfigError::new("attempts", attempts, "use 1 or more"));
+        }
+        self.0.set(|policy| policy.attempts = attempts);
+        Ok(())
+    }
+
+    /// Sets the delays between attempts, as [`backoff`](super::layer::RetryLayer::backoff) does.
+    ///
+    /// # Errors
+    ///
+    /// The errors of [`Backoff::check`].
+    pub fn set_backoff(&self, backoff: Backoff) -> Result<(), ConfigError> {
+        backoff.check()?;
+        self.0.set(|policy| policy.delays = backoff.into());
+        Ok(())
+    }
+
+    /// Sets the delays as an iterator, as [`backoff_with`](super::layer::RetryLayer::backoff_with) does.
+    pub fn set_backoff_with<I>(&self, start: impl Fn() -> I + Send + Sync + 'static)
+    where
+        I: Iterator<Item = Duration> + Send + 'static,
+    {
+        let start = Arc::new(move || Box::new(start()) as Box<_>);
+        self.0.set(|policy| policy.delays = DelaySource::Custom(start));
+    }
+
+    /// Sets the maximum number of retries for one kind of failure, as
+    /// [`max_retries_for`](super::layer::RetryLayer::max_retries_for) does. `None` is no maximum.
+    pub fn set_max_retries_for(&self, kind: FailureKind, retries: impl Into<Option<u32>>) {
+        let retries = retries.into();
+        self.0.set(|policy| policy.max_retries[kind as usize] = retries);
+    }
+
+    /// Sets the maximum random delay above a hint, as [`hint_jitter`](super::layer::RetryLayer::hint_jitter) does.
+    ///
+    /// # Errors
+    ///
+    /// The share is not within 0 to 10.
+    pub fn set_hint_jitter(&self, share: f64) -> Result<(), ConfigError> {
+        if !(0.0..=10.0).contains(&share) {
+            return Err(ConfigError::new("hint_jitter", share, "use 0 to 10, such as 0.5"));
+        }
+        self.0.set(|policy| policy.hint = HintMode::Above { jitter: share });
+        Ok(())
+    }
+
+    /// Sets the maximum time by which a hint lengthens the delay, as
+    /// [`max_hint_extension`](super::layer::RetryLayer::max_hint_extension) does.
+    pub fn set_max_hint_extension(&self, max: Duration) {
+        self.0.set(|policy| policy.hint = HintMode::Within(max));
+    }
+
+    /// Sets the maximum delay before an attempt, as [`max_wait`](super::layer::RetryLayer::max_wait) does.
+    pub fn set_max_wait(&self, wait: impl Into<Option<Duration>>) {
+        let wait = wait.into();
+        self.0.set(|policy| policy.max_wait = wait);
+    }
+
+    /// Sets the minimum time for an attempt, as [`min_attempt_time`](super::layer::RetryLayer::min_attempt_time) does.
+    pub fn set_min_attempt_time(&self, time: Duration) {
+        self.0.set(|policy| policy.min_attempt_time = time);
+    }
+
+    /// Sets whether a rejection by an inner layer is retried, as
+    /// [`wait_on_rejection`](super::layer::RetryLayer::wait_on_rejection) does.
+    pub fn set_wait_on_rejection(&self, wait: bool) {
+        self.0.set(|policy| policy.wait_on_rejection = wait);
+    }
+
+    /// Sets the maximum size of a saved request body, as
+    /// [`max_replay_bytes`](super::layer::RetryLayer::max_replay_bytes) does. It applies to calls that begin later.
+    pub fn set_max_replay_bytes(&self, bytes: u64) {
+        self.0.set_max_replay_bytes(bytes);
+    }
+
+    /// Sets the maximum number of bytes that are drained from a discarded response, as
+    /// [`max_drain_bytes`](super::layer::RetryLayer::max_drain_bytes) does.
+    pub fn set_max_drain_bytes(&self, bytes: u64) {
+        self.0.set(|policy| policy.max_drain_bytes = bytes);
+    }
+
+    /// Sets whether every request is safe to repeat, as
+    /// [`assume_idempotent`](super::layer::RetryLayer::assume_idempotent) does. `false` restores the methods of RFC
+    /// 9110 §9.2.2.
+    pub fn set_assume_idempotent(&self, all: bool) {
+        let safe = if all { SafeRequests::All } else { SafeRequests::Idempotent };
+        self.0.set(|policy| policy.safe_requests = safe);
+    }
+
+    // ===== HTTP: without effect on a layer with a closure that classifies =====
+
+    /// Sets the methods that are safe to repeat, as [`methods`](super::layer::RetryLayer::methods) does.
+    pub fn set_methods(&self, methods: impl IntoIterator<Item = Method>) {
+        let methods = methods.into_iter().collect();
+        self.0.set(|policy| policy.safe_requests = SafeRequests::Methods(methods));
+    }
+
+    /// Sets the maximum time of an attempt, as [`attempt_timeout`](super::layer::RetryLayer::attempt_timeout) does. It
+    /// applies to attempts that begin later.
+    ///
+    /// # Errors
+    ///
+    /// The time is zero.
+    pub fn set_attempt_timeout(
+        &self,
+        time: impl Into<Option<Duration>>,
+    ) -> Result<(), ConfigError> {
+        let above_zero = |time| ConfigError::above_zero("attempt_timeout", time);
+        self.0.set_attempt_timeout(time.into().map(above_zero).transpose()?);
+        Ok(())
+    }
+
+    /// Adds a failure that is retried, as [`retry_on`](super::layer::RetryLayer::retry_on) does.
+    pub fn set_retry_on(&self, failure: impl Into<Failure>) {
+        self.0.set_overrides(|overrides| overrides.set_override(failure.into(), true));
+    }
+
+    /// Adds a failure that is not retried, as [`never_on`](super::layer::RetryLayer::never_on) does.
+    pub fn set_never_on(&self, failure: impl Into<Failure>) {
+        self.0.set_overrides(|overrides| overrides.set_override(failure.into(), false));
+    }
+
+    /// Sets the statuses that are retried for any method, as
+    /// [`unprocessed`](super::layer::RetryLayer::unprocessed) does.
+    ///
+    /// # Errors
+    ///
+    /// A status is below 400.
+    pub fn set_unprocessed(
+        &self,
+        statuses: impl IntoIterator<Item = StatusCode>,
+    ) -> Result<(), ConfigError> {
+        let statuses: Vec<_> = statuses.into_iter().collect();
+        let is_error = |status: &StatusCode| status.is_client_error() || status.is_server_error();
+        if let Some(status) = statuses.iter().find(|status| !is_error(status)) {
+            let remedy = "use statuses of 400 or more";
+            return Err(ConfigError::new("unprocessed", status.as_u16(), remedy));
+        }
+        self.0.set_overrides(|overrides| overrides.set_unprocessed(statuses));
+        Ok(())
+    }
+
+    /// Sets the closure that decides after every attempt, as [`retry_if`](super::layer::RetryLayer::retry_if) does.
+    pub fn set_retry_if(
+        &self,
+        decide: impl Fn(&AttemptContext<'_>) -> Option<bool> + Send + Sync + 'static,
+    ) {
+        self.0.set_overrides(|overrides| overrides.set_closure(Arc::new(decide)));
     }
 }

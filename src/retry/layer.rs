@@ -1,4 +1,4 @@
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, time::Duration};
 
 use http::{Method, StatusCode};
 use tower_layer::Layer;
@@ -6,12 +6,11 @@ use tower_layer::Layer;
 use super::{
     handle::RetryHandle,
     overrides::{AttemptContext, Failure},
-    policy::Hint,
     service::Retry,
     settings::RetrySettings,
 };
 use crate::{
-    attempt::{Backoff, Core, DelaySource, FailureKind, RetryBudget, SafeRequests},
+    attempt::{Backoff, Core, FailureKind, RetryBudget, SafeRequests},
     classify::{Classify, Http},
     error::ConfigError,
     fault::Fault,
@@ -20,12 +19,13 @@ use crate::{
 
 /// Retries failed calls if a retry is safe, useful and within the budget.
 ///
-/// The layer and all its clones share the settings and the budget, also if the layer is applied several times. See the
-/// [module](super).
+/// The layer and its clones share the settings, the counts and the budget, also if the layer is applied several times.
+/// A setter after the layer has built a service returns a layer with state of its own: the services that are built keep
+/// their settings. Use the [handle](Self::handle) to change a running layer. See the [module](super).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct RetryLayer<M = Http> {
-    pub(super) settings: Arc<RetrySettings>,
+    handle: RetryHandle,
     protocol: M,
     fault: Fault,
 }
@@ -52,20 +52,49 @@ impl RetryLayer<Unclassified> {
     /// });
     /// # let _ = (retry, Query(String::new()), Rows(Vec::new()));
     /// ```
+    #[allow(clippy::new_without_default)] // `Default` is the layer for HTTP.
     pub fn new() -> Self {
         Self::of(Unclassified)
     }
 }
 
-impl Default for RetryLayer<Unclassified> {
+impl Default for RetryLayer {
+    /// Returns the layer of [`http`](Self::http).
     fn default() -> Self {
-        Self::new()
+        Self::http()
     }
 }
 
 impl<M> RetryLayer<M> {
     fn of(protocol: M) -> Self {
-        Self { settings: Arc::new(RetrySettings::new()), protocol, fault: Fault::default() }
+        let handle = RetryHandle(RetrySettings::new().into());
+        Self { handle, protocol, fault: Fault::default() }
+    }
+
+    /// Gives this layer state of its own if a service has been built with its state.
+    fn fork_if_in_use(&mut self) {
+        if self.handle.0.is_in_use() {
+            self.handle = RetryHandle(self.handle.0.fork().into());
+        }
+    }
+
+    pub(super) fn set(mut self, set: impl FnOnce(&RetryHandle)) -> Self {
+        self.fork_if_in_use();
+        set(&self.handle);
+        self
+    }
+
+    fn try_set(mut self, set: impl FnOnce(&RetryHandle) -> Result<(), ConfigError>) -> Self {
+        self.fork_if_in_use();
+        if let Err(error) = set(&self.handle) {
+            self.fault.get_or_insert(error);
+        }
+        self
+    }
+
+    fn with_protocol<N>(mut self, protocol: N) -> RetryLayer<N> {
+        self.fork_if_in_use();
+        RetryLayer { handle: self.handle, protocol, fault: self.fault }
     }
 }
 
@@ -80,12 +109,10 @@ impl RetryLayer {
     ///
     /// `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` with pushback, is retried for every call, as gRPC's retry policy (gRFC
     /// A6) specifies. This includes an `UNAVAILABLE` that was mapped from an HTTP status (429, 502, 503, 504; see
-    /// [`Http`](crate::classify::Http)). A timeout or a broken connection is not retried, because the call may have had an
-    /// effect.
+    /// [`Http`](crate::classify::Http)). A timeout or a broken connection is not retried, because the call may have had
+    /// an effect.
     pub fn grpc() -> Self {
-        let layer = Self::http();
-        layer.settings.set(|policy| policy.trust_grpc = true);
-        layer
+        Self::http().set(|handle| handle.0.set(|policy| policy.trusts_grpc_status = true))
     }
 }
 
@@ -106,15 +133,17 @@ impl RetryLayer {
     ///     .never_on(Reason::Timeout);
     /// # let _ = retry;
     /// ```
+    ///
+    /// [`RetryHandle::set_retry_on`] changes it while the layer runs.
     pub fn retry_on(self, failure: impl Into<Failure>) -> Self {
-        self.settings.say(|say| say.list(failure.into(), true));
-        self
+        self.set(|handle| handle.set_retry_on(failure))
     }
 
     /// Adds a failure that is not retried.
+    ///
+    /// [`RetryHandle::set_never_on`] changes it while the layer runs.
     pub fn never_on(self, failure: impl Into<Failure>) -> Self {
-        self.settings.say(|say| say.list(failure.into(), false));
-        self
+        self.set(|handle| handle.set_never_on(failure))
     }
 
     /// Sets the statuses that are retried for any method. None by default; 429 and 529 in the preset `llm` of the
@@ -135,50 +164,39 @@ impl RetryLayer {
     /// let retry = RetryLayer::http().unprocessed([StatusCode::TOO_MANY_REQUESTS]);
     /// # let _ = retry;
     /// ```
-    pub fn unprocessed(mut self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
-        let statuses: Vec<_> = statuses.into_iter().collect();
-        let is_error = |status: &StatusCode| status.is_client_error() || status.is_server_error();
-        let checked = match statuses.iter().find(|status| !is_error(status)) {
-            Some(status) => {
-                Err(ConfigError::new("unprocessed", status.as_u16(), "use statuses of 400 or more"))
-            }
-            None => Ok(statuses),
-        };
-        if let Some(statuses) = self.accept(checked) {
-            self.settings.say(|say| say.list_unprocessed(statuses));
-        }
-        self
+    ///
+    /// [`RetryHandle::set_unprocessed`] changes it while the layer runs.
+    pub fn unprocessed(self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
+        self.try_set(|handle| handle.set_unprocessed(statuses))
     }
 
     /// Sets the methods that are safe to repeat, instead of those of RFC 9110 §9.2.2. A request with an
     /// `Idempotency-Key` stays safe.
+    ///
+    /// [`RetryHandle::set_methods`] changes it while the layer runs.
     pub fn methods(self, methods: impl IntoIterator<Item = Method>) -> Self {
-        let methods = methods.into_iter().collect();
-        self.settings.set(|policy| policy.safe = SafeRequests::Methods(methods));
-        self
+        self.set(|handle| handle.set_methods(methods))
     }
 
     /// Sets the maximum time of an attempt until its response head. `None`, the default, is no maximum.
     ///
-    /// An attempt that takes longer is dropped and fails with the reason [`Timeout`](crate::outcome::Reason::Timeout). It
-    /// is retried if that is safe. Otherwise the call ends with an error. The timeout applies to the last attempt too.
-    /// It is rounded down to a millisecond, but not below 1 ms. Zero is a [`ConfigError`] of
+    /// An attempt that takes longer is dropped and fails with the reason [`Timeout`](crate::outcome::Reason::Timeout).
+    /// It is retried if that is safe. Otherwise the call ends with an error. The timeout applies to the last attempt
+    /// too. It is rounded down to a millisecond, but not below 1 ms. Zero is a [`ConfigError`] of
     /// [`checked`](Self::checked).
     ///
     /// To bound the whole call, use a [`Deadline`](crate::time::Deadline) or an outer timeout.
-    pub fn attempt_timeout(mut self, time: impl Into<Option<Duration>>) -> Self {
-        let above_zero = |time| ConfigError::above_zero("attempt_timeout", time);
-        if let Some(time) = self.accept(time.into().map(above_zero).transpose()) {
-            self.settings.set_attempt_timeout(time);
-        }
-        self
+    ///
+    /// [`RetryHandle::set_attempt_timeout`] changes it while the layer runs.
+    pub fn attempt_timeout(self, time: impl Into<Option<Duration>>) -> Self {
+        self.try_set(|handle| handle.set_attempt_timeout(time))
     }
 
     /// Returns a layer with the same rules for a bare `reqwest::Client`, with the requests and responses of reqwest.
     ///
     /// A request whose body is a stream is sent once and not retried. The trailers of a response are not read, and
-    /// requests carry no [`Deadline`](crate::time::Deadline). A layer around an [`HttpClient`](crate::reqwest::HttpClient)
-    /// does not have these limitations.
+    /// requests carry no [`Deadline`](crate::time::Deadline). A layer around an
+    /// [`HttpClient`](crate::reqwest::HttpClient) does not have these limitations.
     ///
     /// ```no_run
     /// use buttress::RetryLayer;
@@ -195,16 +213,16 @@ impl RetryLayer {
     #[cfg(feature = "reqwest")]
     #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
     pub fn reqwest(self) -> RetryLayer<crate::attempt::Reqwest> {
-        RetryLayer { settings: self.settings, protocol: crate::attempt::Reqwest, fault: self.fault }
+        self.with_protocol(crate::attempt::Reqwest)
     }
 
     /// Sets a closure that decides after every attempt, also after a successful one.
     ///
     /// `Some(true)` retries for any method, `Some(false)` returns the result, and `None` leaves the decision to the
     /// other rules. The maxima of attempts, time and body, and the budget, still apply. The closure cannot overrule a
-    /// `grpc-retry-pushback-ms` that forbids a retry, a 422 for a request with an `Idempotency-Key` (the key was used for
-    /// another request), or a deadline that has passed. If it retries a rejection by an
-    /// inner layer, the delay is at least the rejection's `retry_after`.
+    /// `grpc-retry-pushback-ms` that forbids a retry, a 422 for a request with an `Idempotency-Key` (the key was used
+    /// for another request), or a deadline that has passed. If it retries a rejection by an inner layer, the delay is
+    /// at least the rejection's `retry_after`.
     ///
     /// ```
     /// # use buttress::RetryLayer;
@@ -214,12 +232,13 @@ impl RetryLayer {
     /// });
     /// # let _ = retry;
     /// ```
+    ///
+    /// [`RetryHandle::set_retry_if`] changes it while the layer runs.
     pub fn retry_if(
         self,
-        ask: impl Fn(&AttemptContext<'_>) -> Option<bool> + Send + Sync + 'static,
+        decide: impl Fn(&AttemptContext<'_>) -> Option<bool> + Send + Sync + 'static,
     ) -> Self {
-        self.settings.say(|say| say.ask(Arc::new(ask)));
-        self
+        self.set(|handle| handle.set_retry_if(decide))
     }
 }
 
@@ -237,13 +256,14 @@ impl<M> RetryLayer<M> {
     where
         C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
     {
-        let has_methods = matches!(self.settings.policy().safe, SafeRequests::Methods(_));
-        if self.settings.says() || self.settings.attempt_timeout().is_some() || has_methods {
+        let settings = &self.handle.0;
+        let has_methods = matches!(settings.policy().safe_requests, SafeRequests::Methods(_));
+        if settings.has_overrides() || settings.attempt_timeout().is_some() || has_methods {
             let remedy = "remove attempt_timeout, methods, retry_on, never_on, unprocessed and retry_if, which are for HTTP";
             let error = ConfigError::new("classify", "a closure", remedy);
             self.fault.get_or_insert(error);
         }
-        RetryLayer { settings: self.settings, protocol: Classify(classify), fault: self.fault }
+        self.with_protocol(Classify(classify))
     }
 
     /// Sets the maximum random delay above a server's hint, as a share of the hint: 0.5 by default, 0 to 10.
@@ -254,15 +274,10 @@ impl<M> RetryLayer<M> {
     ///
     /// [`Backoff::without_jitter`] switches this jitter off too. [`max_hint_extension`](Self::max_hint_extension) and
     /// [presets](Self::preset) replace the setting.
-    pub fn hint_jitter(mut self, share: f64) -> Self {
-        let checked = match (0.0..=10.0).contains(&share) {
-            true => Ok(share),
-            false => Err(ConfigError::new("hint_jitter", share, "use 0 to 10, such as 0.5")),
-        };
-        if let Some(jitter) = self.accept(checked) {
-            self.settings.set(|policy| policy.hint = Hint::Above { jitter });
-        }
-        self
+    ///
+    /// [`RetryHandle::set_hint_jitter`] changes it while the layer runs.
+    pub fn hint_jitter(self, share: f64) -> Self {
+        self.try_set(|handle| handle.set_hint_jitter(share))
     }
 
     /// Sets whether a rejection by an inner layer is retried after its `retry_after`. Off by default.
@@ -270,40 +285,36 @@ impl<M> RetryLayer<M> {
     /// By default a rejection ends the call at once, because an open circuit or a full limit protects the upstream, and
     /// the caller can use another upstream. With this setting the call waits if the rejection states a time that fits
     /// [`max_wait`](Self::max_wait) and the deadline. Such a retry makes no withdrawal from the budget.
+    ///
+    /// [`RetryHandle::set_wait_on_rejection`] changes it while the layer runs.
     pub fn wait_on_rejection(self, wait: bool) -> Self {
-        self.settings.set(|policy| policy.wait_on_rejection = wait);
-        self
+        self.set(|handle| handle.set_wait_on_rejection(wait))
     }
 
     /// Sets the maximum time by which a server's hint lengthens the delay of the backoff. A longer hint is cut, instead
     /// of [ending the call](Self::max_wait). A hint never shortens the delay. Replaces
     /// [`hint_jitter`](Self::hint_jitter).
-    pub fn max_hint_extension(self, reach: Duration) -> Self {
-        self.settings.set(|policy| policy.hint = Hint::Within(reach));
-        self
+    ///
+    /// [`RetryHandle::set_max_hint_extension`] changes it while the layer runs.
+    pub fn max_hint_extension(self, max: Duration) -> Self {
+        self.set(|handle| handle.set_max_hint_extension(max))
     }
 
     /// Sets the maximum number of attempts, including the first: 3 by default, 1 or more.
-    pub fn attempts(mut self, attempts: u32) -> Self {
-        let checked = match attempts {
-            0 => Err(ConfigError::new("attempts", attempts, "use 1 or more")),
-            attempts => Ok(attempts),
-        };
-        if let Some(attempts) = self.accept(checked) {
-            self.settings.set(|policy| policy.attempts = attempts);
-        }
-        self
+    ///
+    /// [`RetryHandle::set_attempts`] changes it while the layer runs.
+    pub fn attempts(self, attempts: u32) -> Self {
+        self.try_set(|handle| handle.set_attempts(attempts))
     }
 
     /// Sets the delays between attempts. [`Backoff::default`] by default.
-    pub fn backoff(mut self, backoff: Backoff) -> Self {
-        if self.accept(backoff.check()).is_some() {
-            self.settings.set(|policy| policy.waits = DelaySource::Backoff(backoff));
-        }
-        self
+    ///
+    /// [`RetryHandle::set_backoff`] changes it while the layer runs.
+    pub fn backoff(self, backoff: Backoff) -> Self {
+        self.try_set(|handle| handle.set_backoff(backoff))
     }
 
-    /// Sets the delays as an iterator. `begin` creates one for each call that is retried. The attempts are used up when
+    /// Sets the delays as an iterator. `start` creates one for each call that is retried. The attempts are used up when
     /// the iterator ends.
     ///
     /// ```
@@ -313,13 +324,13 @@ impl<M> RetryLayer<M> {
     /// let retry = RetryLayer::http().attempts(9).backoff_with(move || waits.into_iter());
     /// # let _ = retry;
     /// ```
-    pub fn backoff_with<I>(self, begin: impl Fn() -> I + Send + Sync + 'static) -> Self
+    ///
+    /// [`RetryHandle::set_backoff_with`] changes it while the layer runs.
+    pub fn backoff_with<I>(self, start: impl Fn() -> I + Send + Sync + 'static) -> Self
     where
         I: Iterator<Item = Duration> + Send + 'static,
     {
-        let begin = Arc::new(move || Box::new(begin()) as Box<_>);
-        self.settings.set(|policy| policy.waits = DelaySource::Own(begin));
-        self
+        self.set(|handle| handle.set_backoff_with(start))
     }
 
     /// Sets the maximum number of retries for one kind of failure, in addition to the total of
@@ -333,83 +344,88 @@ impl<M> RetryLayer<M> {
     ///     .max_retries_for(FailureKind::Read, 3);
     /// # let _ = retry;
     /// ```
+    ///
+    /// [`RetryHandle::set_max_retries_for`] changes it while the layer runs.
     pub fn max_retries_for(self, kind: FailureKind, retries: u32) -> Self {
-        self.settings.set(|policy| policy.limits[kind as usize] = Some(retries));
-        self
+        self.set(|handle| handle.set_max_retries_for(kind, retries))
     }
 
     /// Sets the retry budget. [`RetryBudget::default`] by default. Pass clones of one budget to several layers to share
     /// it.
     ///
     /// Services that the layer has already made keep their budget.
-    pub fn budget(mut self, budget: RetryBudget) -> Self {
-        if self.accept(budget.check()).is_some() {
-            self.settings.set_budget(Some(budget));
-        }
-        self
+    pub fn budget(self, budget: RetryBudget) -> Self {
+        self.try_set(|handle| {
+            budget.check()?;
+            handle.0.set_budget(Some(budget));
+            Ok(())
+        })
     }
 
     /// Removes the budget. If all calls fail, the upstream then receives as many times the load as there are
     /// [`attempts`](Self::attempts).
     pub fn without_budget(self) -> Self {
-        self.settings.set_budget(None);
-        self
+        self.set(|handle| handle.0.set_budget(None))
     }
 
     /// Sets the maximum number of bytes of a request body that are saved for a replay: 64 KiB by default. A request
     /// with a larger body is sent and not retried.
+    ///
+    /// [`RetryHandle::set_max_replay_bytes`] changes it while the layer runs.
     pub fn max_replay_bytes(self, bytes: u64) -> Self {
-        self.settings.set_body_cap(bytes);
-        self
+        self.set(|handle| handle.set_max_replay_bytes(bytes))
     }
 
     /// Sets the maximum number of bytes that are drained from a discarded response body: 64 KiB by default.
     ///
     /// The connection can be reused after a complete drain. A body that is longer, or takes longer than 50 ms, is
     /// dropped. Over HTTP/1 this closes its connection. With 0, every response that has a body is dropped.
+    ///
+    /// [`RetryHandle::set_max_drain_bytes`] changes it while the layer runs.
     pub fn max_drain_bytes(self, bytes: u64) -> Self {
-        self.settings.set(|policy| policy.drain_cap = bytes);
-        self
+        self.set(|handle| handle.set_max_drain_bytes(bytes))
     }
 
     /// Sets the maximum delay before an attempt. A longer delay of the backoff is cut. A longer hint of the server ends
     /// the call at once with the response, and so does every hint of 300 s or more. With
     /// [`max_hint_extension`](Self::max_hint_extension) a hint is cut instead.
     ///
-    /// `None` is the default: 30 s for a call without a [`Deadline`](crate::time::Deadline), and no maximum for a call with
-    /// one, since the deadline bounds the delay. The delay of a shorter hint may exceed the maximum by its
+    /// `None` is the default: 30 s for a call without a [`Deadline`](crate::time::Deadline), and no maximum for a call
+    /// with one, since the deadline bounds the delay. The delay of a shorter hint may exceed the maximum by its
     /// [jitter](Self::hint_jitter). Clients whose jitter is cut at the maximum would return at the same time.
+    ///
+    /// [`RetryHandle::set_max_wait`] changes it while the layer runs.
     pub fn max_wait(self, wait: impl Into<Option<Duration>>) -> Self {
-        let wait = wait.into();
-        self.settings.set(|policy| policy.max_wait = wait);
-        self
+        self.set(|handle| handle.set_max_wait(wait))
     }
 
     /// Declares every request safe to repeat, also `POST` and `PATCH`. A request may then take effect more than once.
+    ///
+    /// [`RetryHandle::set_assume_idempotent`] changes it while the layer runs.
     pub fn assume_idempotent(self) -> Self {
-        self.settings.set(|policy| policy.safe = SafeRequests::All);
-        self
+        self.set(|handle| handle.set_assume_idempotent(true))
     }
 
-    /// Sets the minimum time for an attempt: 10 ms by default. If a [`Deadline`](crate::time::Deadline) in the extensions of
-    /// the request leaves less after the delay, the call ends with the response or error of the last attempt.
+    /// Sets the minimum time for an attempt: 10 ms by default. If a [`Deadline`](crate::time::Deadline) in the
+    /// extensions of the request leaves less after the delay, the call ends with the response or error of the last
+    /// attempt.
+    ///
+    /// [`RetryHandle::set_min_attempt_time`] changes it while the layer runs.
     pub fn min_attempt_time(self, time: Duration) -> Self {
-        self.settings.set(|policy| policy.min_attempt_time = time);
-        self
+        self.set(|handle| handle.set_min_attempt_time(time))
     }
 
     /// Sets the name of the layer in events. The first name that is set stays.
     pub fn name(self, name: &str) -> Self {
-        self.settings.set(|policy| {
-            policy.name.get_or_insert_with(|| name.into());
-        });
-        self
+        self.set(|handle| {
+            handle.0.set(|policy| _ = policy.name.get_or_insert_with(|| name.into()));
+        })
     }
 
-    /// Returns a handle to the counts of the layer.
+    /// Returns a handle that reads the counts of the layer and changes its settings while it runs.
     #[must_use]
     pub fn handle(&self) -> RetryHandle {
-        RetryHandle::new(self.settings.clone())
+        self.handle.clone()
     }
 
     /// Returns the layer if its settings can work. A layer with a fault that is used without this check never retries.
@@ -419,12 +435,8 @@ impl<M> RetryLayer<M> {
     ///
     /// The [`ConfigError`] of the first setting that cannot work. It names the field, the value and the remedy.
     pub fn checked(mut self) -> Result<Self, ConfigError> {
-        self.accept(self.settings.policy().check());
-        self.fault.take().map_or(Ok(self), Err)
-    }
-
-    fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
-        setting.map_err(|error| self.fault.get_or_insert(error)).ok()
+        let contradiction = self.handle.0.policy().check();
+        self.fault.take().map_or(contradiction.map(|()| self), Err)
     }
 }
 
@@ -432,12 +444,14 @@ impl<S: Clone, M: Clone> Layer<S> for RetryLayer<M> {
     type Service = Retry<S, M>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        let (settings, budget) = (self.settings.clone(), self.settings.budget());
+        let settings = self.handle.0.clone();
+        settings.set_in_use();
         let mut fault = self.fault.clone();
         if let Err(error) = settings.policy().check() {
             fault.get_or_insert(error);
         }
         fault.report("retry", "nothing is retried");
+        let budget = settings.budget();
         let core = Core::new(settings, budget, inner.clone(), fault.is_some());
         Retry::new(inner, core, self.protocol.clone())
     }
@@ -446,7 +460,7 @@ impl<S: Clone, M: Clone> Layer<S> for RetryLayer<M> {
 impl<M> fmt::Debug for RetryLayer<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RetryLayer")
-            .field("settings", &*self.settings)
+            .field("settings", &*self.handle.0)
             .field("fault", &self.fault)
             .finish_non_exhaustive()
     }

@@ -63,8 +63,8 @@
 //!
 //! # Connection housekeeping
 //!
-//! A call that ends by [connection housekeeping](crate::outcome::Outcome::is_housekeeping) is retried transparently: at once,
-//! without counting an attempt, and without a deposit to or a withdrawal from the budget. A call makes at most 5
+//! A call that ends by [connection housekeeping](crate::outcome::Outcome::is_housekeeping) is retried transparently: at
+//! once, without counting an attempt, and without a deposit to or a withdrawal from the budget. A call makes at most 5
 //! transparent retries in total. Beyond these, attempts, backoff and budget apply as to any other failure.
 //!
 //! A balance of the layer and its clones bounds transparent retries while the upstream does not respond. It starts at
@@ -96,8 +96,8 @@
 //! | delay | [`backoff`](RetryLayer::backoff), [`backoff_with`](RetryLayer::backoff_with) |
 //! | delays, attempts and budget of AWS, Envoy, gRPC or Finagle | [`preset`](RetryLayer::preset) |
 //!
-//! All rules except the budget can change while the layer runs: the setters of a clone of the layer also change the
-//! services that the layer has made.
+//! All rules except the budget can change while the layer runs, by the setters of the [`RetryHandle`]. A setter of the
+//! layer does not change the services that a clone of the layer has built.
 //!
 //! ```
 //! # fn client() -> impl Clone { () }
@@ -106,19 +106,20 @@
 //! use tower::ServiceBuilder;
 //!
 //! let retry = RetryLayer::http().name("search");
-//! let client = ServiceBuilder::new().layer(retry.clone()).service(client());
+//! let handle = retry.handle();
+//! let client = ServiceBuilder::new().layer(retry).service(client());
 //! // An hour later:
-//! let retry = retry.attempts(2).checked()?;
-//! # let _ = (client, retry); Ok(()) }
+//! handle.set_attempts(2)?;
+//! # let _ = client; Ok(()) }
 //! ```
 //!
 //! # Deadlines
 //!
-//! If the extensions of a request contain a [`Deadline`](crate::time::Deadline), the request is not sent after it. It is not
-//! retried if the delay and [10 ms](RetryLayer::min_attempt_time) for the attempt do not fit before the deadline. A wait
-//! for the readiness of the service, and an attempt that has no response head, end at the deadline. The error then
-//! contains a [`Rejected`](crate::outcome::Rejected). A `DeadlineLayer` outside of the retry that responds converts it into a
-//! 504, or into `DEADLINE_EXCEEDED` for gRPC.
+//! If the extensions of a request contain a [`Deadline`](crate::time::Deadline), the request is not sent after it. It
+//! is not retried if the delay and [10 ms](RetryLayer::min_attempt_time) for the attempt do not fit before the
+//! deadline. A wait for the readiness of the service, and an attempt that has no response head, end at the deadline.
+//! The error then contains a [`Rejected`](crate::outcome::Rejected). A `DeadlineLayer` outside of the retry that
+//! responds converts it into a 504, or into `DEADLINE_EXCEEDED` for gRPC.
 //!
 //! [`attempt_timeout`](RetryLayer::attempt_timeout) bounds each attempt, up to its response head. The timer is created
 //! only if the response head is not available at once.
@@ -209,11 +210,20 @@ pub use self::{
 #[cfg(feature = "reqwest")]
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub use crate::attempt::Reqwest;
-pub use crate::{
-    attempt::FailureKind,
-    attempt::{
-        Attempt, AttemptRecord, Attempts, Backoff, Delays, GiveUpReason, PeekedBody, Replay,
-        ReplayBody, RetryBudget, RetryError, Withdrawal,
-    },
-    hedge::{Hedge, HedgeAttempt, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
+pub use crate::attempt::{
+    Attempt, AttemptRecord, Attempts, Backoff, ClassifyAttempt, Delays, FailureKind, GiveUpReason,
+    PeekedBody, Replay, ReplayBody, ReplayRequest, RetryBudget, RetryError, SavedCall, Withdrawal,
 };
+
+/// The types in the methods of [`ReplayRequest`] and [`ClassifyAttempt`], and their associated types.
+///
+/// The traits are sealed, so user code needs these types only to write a type in full.
+pub mod protocol {
+    #[cfg(feature = "reqwest")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
+    pub use crate::attempt::PendingReqwest;
+    pub use crate::attempt::{
+        AttemptNumber, AttemptResponse, BodyReplay, Classified, PendingResponse, PendingResult,
+        RetryAction, SafeRequests, SaveRules, SavedRequest,
+    };
+}

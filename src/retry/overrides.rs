@@ -5,7 +5,7 @@ use std::{cell::OnceCell, error::Error, fmt, sync::Arc};
 use http::{HeaderMap, Request, StatusCode};
 
 use crate::{
-    attempt::{AttemptResponse, GiveUpReason, RetryAction, keyed},
+    attempt::{AttemptResponse, GiveUpReason, RetryAction, failed_status, keyed},
     outcome::{Outcome, Pushback, Reason, grpc, retry_after},
     redact::{self, MAX_VALUE},
 };
@@ -37,11 +37,13 @@ impl From<Reason> for Failure {
 }
 
 impl Failure {
-    fn is(self, seen: &AttemptContext<'_>) -> bool {
-        let reason = seen.outcome.reason();
+    fn is(self, context: &AttemptContext<'_>) -> bool {
+        let reason = context.outcome.reason();
         match self {
-            Self::Status(status) => seen.status() == Some(status) && !seen.is_grpc(),
-            Self::Grpc(code) => reason == Reason::GrpcStatus && seen.outcome.code() == Some(code),
+            Self::Status(status) => context.status() == Some(status) && !context.is_grpc(),
+            Self::Grpc(code) => {
+                reason == Reason::GrpcStatus && context.outcome.code() == Some(code)
+            }
             Self::Because(because) => reason == because,
         }
     }
@@ -52,7 +54,7 @@ pub struct AttemptContext<'a> {
     /// Created on demand, because the saved request has its head in another form.
     request: OnceCell<Request<()>>,
     make: &'a dyn Fn() -> Request<()>,
-    pub(crate) answer: AttemptResponse<'a>,
+    pub(crate) response: AttemptResponse<'a>,
     pub(crate) outcome: Outcome,
     pub(crate) attempt: u32,
 }
@@ -60,11 +62,11 @@ pub struct AttemptContext<'a> {
 impl<'a> AttemptContext<'a> {
     pub(crate) fn new(
         make: &'a dyn Fn() -> Request<()>,
-        answer: AttemptResponse<'a>,
+        response: AttemptResponse<'a>,
         outcome: Outcome,
         attempt: u32,
     ) -> Self {
-        Self { request: OnceCell::new(), make, answer, outcome, attempt }
+        Self { request: OnceCell::new(), make, response, outcome, attempt }
     }
 
     /// Returns the request head.
@@ -76,7 +78,7 @@ impl<'a> AttemptContext<'a> {
     /// Returns the status of the response. `None` for an error.
     #[must_use]
     pub fn status(&self) -> Option<StatusCode> {
-        match self.answer {
+        match self.response {
             AttemptResponse::Head(status, ..) => Some(status),
             AttemptResponse::Error(_) => None,
         }
@@ -85,7 +87,7 @@ impl<'a> AttemptContext<'a> {
     /// Returns the headers of the response. `None` for an error.
     #[must_use]
     pub fn headers(&self) -> Option<&'a HeaderMap> {
-        match self.answer {
+        match self.response {
             AttemptResponse::Head(_, headers, _) => Some(headers),
             AttemptResponse::Error(_) => None,
         }
@@ -94,7 +96,7 @@ impl<'a> AttemptContext<'a> {
     /// Returns the error. `None` for a response.
     #[must_use]
     pub fn error(&self) -> Option<&'a (dyn Error + 'static)> {
-        match self.answer {
+        match self.response {
             AttemptResponse::Head(..) => None,
             AttemptResponse::Error(error) => Some(error),
         }
@@ -127,7 +129,7 @@ impl fmt::Debug for AttemptContext<'_> {
             (self.request().method(), redact::debug(self.request().uri(), MAX_VALUE));
         f.debug_struct("AttemptContext")
             .field("request", &format_args!("{method} {uri}"))
-            .field("answer", &self.answer)
+            .field("response", &self.response)
             .field("outcome", &self.outcome)
             .field("attempt", &self.attempt)
             .finish()
@@ -135,19 +137,14 @@ impl fmt::Debug for AttemptContext<'_> {
 }
 
 /// Returns the outcome of a response that is a success for other layers and that a rule lists as a failure.
-fn failed(seen: &AttemptContext<'_>) -> Outcome {
-    let outcome = match (seen.outcome.reason(), seen.outcome.code(), seen.status()) {
-        (reason @ Reason::GrpcStatus, Some(code), _) => {
-            Outcome::failure().because(reason).with_code(code)
-        }
-        (_, _, Some(status)) => {
-            Outcome::failure().because(Reason::Status).with_code(status.as_u16())
-        }
-        _ => Outcome::failure(),
+fn failed(context: &AttemptContext<'_>) -> Outcome {
+    let AttemptResponse::Head(status, headers, _) = context.response else {
+        return Outcome::failure();
     };
-    match seen.headers().and_then(retry_after::retry_after) {
-        Some(after) => outcome.with_retry_after(after),
-        None => outcome,
+    let failed = failed_status(status, headers);
+    match (context.outcome.reason(), context.outcome.code()) {
+        (reason @ Reason::GrpcStatus, Some(code)) => failed.because(reason).with_code(code),
+        _ => failed,
     }
 }
 
@@ -155,29 +152,29 @@ type RetryRule = dyn Fn(&AttemptContext<'_>) -> Option<bool> + Send + Sync;
 
 /// The rules that the user sets. Empty by default.
 #[derive(Clone, Default)]
-pub(crate) struct Say {
+pub(crate) struct Overrides {
     listed: Vec<(Failure, bool)>,
     /// Statuses with which the upstream declares that it has not processed the request.
     unprocessed: Vec<StatusCode>,
-    ask: Option<Arc<RetryRule>>,
+    closure: Option<Arc<RetryRule>>,
 }
 
-impl Say {
-    pub(crate) fn list(&mut self, failure: Failure, retry: bool) {
+impl Overrides {
+    pub(crate) fn set_override(&mut self, failure: Failure, retry: bool) {
         self.listed.retain(|(listed, _)| *listed != failure);
         self.listed.push((failure, retry));
     }
 
-    pub(crate) fn ask(&mut self, ask: Arc<RetryRule>) {
-        self.ask = Some(ask);
+    pub(crate) fn set_closure(&mut self, closure: Arc<RetryRule>) {
+        self.closure = Some(closure);
     }
 
-    pub(crate) fn list_unprocessed(&mut self, statuses: Vec<StatusCode>) {
+    pub(crate) fn set_unprocessed(&mut self, statuses: Vec<StatusCode>) {
         self.unprocessed = statuses;
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.listed.is_empty() && self.unprocessed.is_empty() && self.ask.is_none()
+        self.listed.is_empty() && self.unprocessed.is_empty() && self.closure.is_none()
     }
 
     /// Returns whether the last rule for `failure` forbids a retry.
@@ -195,56 +192,57 @@ impl Say {
     /// Returns the class, and whether the closure or the list of unprocessed statuses declares a retry safe for any
     /// method. The rules cannot overrule a pushback of the server that forbids a retry, or a deadline that has passed.
     /// They can overrule a rejection.
-    pub(crate) fn judge(
+    pub(crate) fn apply(
         &self,
         class: RetryAction,
-        seen: &mut AttemptContext<'_>,
+        context: &mut AttemptContext<'_>,
     ) -> (RetryAction, bool) {
         if matches!(
             class,
-            RetryAction::Refused(GiveUpReason::Pushback | GiveUpReason::DeadlinePassed)
+            RetryAction::Forbidden(GiveUpReason::Pushback | GiveUpReason::DeadlinePassed)
         ) {
             return (class, false);
         }
-        let asked = self.ask.as_ref().and_then(|ask| ask(seen));
-        let listed = || self.listed.iter().rev().find(|(failure, _)| failure.is(seen));
-        let said = asked.or_else(|| listed().map(|(_, retry)| *retry));
+        let by_closure = self.closure.as_ref().and_then(|closure| closure(context));
+        let listed = || self.listed.iter().rev().find(|(failure, _)| failure.is(context));
+        let decision = by_closure.or_else(|| listed().map(|(_, retry)| *retry));
         let is_listed = |&status: &StatusCode| {
-            seen.status() == Some(status) && Failure::Status(status).is(seen)
+            context.status() == Some(status) && Failure::Status(status).is(context)
         };
         // A rejection that is a response is not a declaration of the upstream.
-        let is_unprocessed = said != Some(false)
-            && !matches!(class, RetryAction::Refused(_))
+        let is_unprocessed = decision != Some(false)
+            && !matches!(class, RetryAction::Forbidden(_))
             && self.unprocessed.iter().any(is_listed);
-        let said = said.or(is_unprocessed.then_some(true));
-        let pushed_back = seen.headers().and_then(retry_after::pushback) == Some(Pushback::Never);
+        let decision = decision.or(is_unprocessed.then_some(true));
+        let pushed_back =
+            context.headers().and_then(retry_after::pushback) == Some(Pushback::Never);
         // The server reports that the key was used for another request (draft-ietf-httpapi-idempotency-key-header). A
         // retry would fail again.
-        let key_reused = seen.status() == Some(StatusCode::UNPROCESSABLE_ENTITY)
-            && keyed(seen.request().headers());
-        let class = match said {
-            Some(true) if !key_reused && !pushed_back => RetryAction::Retryable,
-            // Keep the reason of the stop.
-            Some(_) if matches!(class, RetryAction::Refused(_)) => class,
-            Some(_) if seen.outcome.reason() == Reason::Rejected => {
-                RetryAction::Refused(GiveUpReason::Rejected)
+        let key_reused = context.status() == Some(StatusCode::UNPROCESSABLE_ENTITY)
+            && keyed(context.request().headers());
+        let class = match decision {
+            Some(true) if !key_reused && !pushed_back => RetryAction::Retry,
+            // Keep the reason for which a retry is forbidden.
+            Some(_) if matches!(class, RetryAction::Forbidden(_)) => class,
+            Some(_) if context.outcome.reason() == Reason::Rejected => {
+                RetryAction::Forbidden(GiveUpReason::Rejected)
             }
-            Some(_) => RetryAction::Final,
+            Some(_) => RetryAction::Done,
             None => class,
         };
-        if class == RetryAction::Retryable && seen.outcome.is_success() {
-            seen.outcome = failed(seen);
+        if class == RetryAction::Retry && context.outcome.is_success() {
+            context.outcome = failed(context);
         }
-        (class, class == RetryAction::Retryable && (asked == Some(true) || is_unprocessed))
+        (class, class == RetryAction::Retry && (by_closure == Some(true) || is_unprocessed))
     }
 }
 
-impl fmt::Debug for Say {
+impl fmt::Debug for Overrides {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Say")
+        f.debug_struct("Overrides")
             .field("listed", &self.listed)
             .field("unprocessed", &self.unprocessed)
-            .field("asks", &self.ask.is_some())
+            .field("closure", &self.closure.is_some())
             .finish()
     }
 }

@@ -1,19 +1,18 @@
 use std::{
     fmt,
-    marker::PhantomData,
     task::{Context, Poll},
 };
 
 use tower_service::Service;
 
 use super::{
-    future::{RetryFuture, RetryStage, ends_by},
+    future::{RetryFuture, RetryStage},
     settings::RetrySettings,
-    span::Span,
+    span::AttemptSpan,
 };
 use crate::{
     admission::Reusable,
-    attempt::{AttemptFuture, Attempts, ClassifyAttempt, Core, ReplayRequest},
+    attempt::{AttemptFuture, Attempts, ClassifyAttempt, Core, ReplayRequest, SavedCall},
     classify::Http,
     outcome::is_mark_requested,
     permit::ShardedArc,
@@ -37,6 +36,17 @@ impl<S, M> Retry<S, M> {
     /// Returns the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
+    }
+
+    /// Returns the wrapped service. It makes the first attempt of each call. Later attempts are made with clones of the
+    /// service that the layer wrapped, which a change does not affect.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// Returns the wrapped service.
+    pub fn into_inner(self) -> S {
+        self.inner
     }
 }
 
@@ -64,42 +74,40 @@ where
 {
     type Response = M::Response;
     type Error = M::Error;
-    type Future = RetryFuture<S, Req, S::Future, M, M::Kept, M::Held>;
+    type Future = RetryFuture<S, S::Future, M::Pending, SavedCall<Req, M, M::Saved>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
         let (polled, marks) = is_mark_requested(|| self.inner.poll_ready(cx));
         // Keep an earlier request for marks: a layer in between that is already ready does not poll its inner service.
         self.marks |= marks;
-        polled.map_err(|error| M::broken(error, Attempts::NONE))
+        polled.map_err(|error| M::readiness_error(error, Attempts::NONE))
     }
 
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
-        let rules = self.core.settings.rules(self.core.misconfigured, self.marks);
-        let is_grpc_call = M::is_grpc(&request);
-        let mut kept = M::keep(&request, rules);
-        if ends_by::<S, Req, M>(kept.as_ref(), CallClock::now) {
-            return self.unbegun(kept);
+        let rules = self.core.settings.save_rules(self.core.misconfigured, self.marks);
+        let is_grpc = M::is_grpc(&request);
+        let saved = M::save(&request, rules);
+        let mut call = SavedCall::new(self.protocol.clone(), is_grpc, saved);
+        if Self::Future::expires_by(&call, CallClock::now) {
+            return self.expired(call);
         }
         if let Some(budget) = &self.core.budget {
-            budget.begun();
+            budget.deposit_for_call();
         }
         // Lease before the call, so that the future of the call is built in its final place and not moved.
         let core = self.core.lease();
-        let span = Span::first();
+        let span = AttemptSpan::first();
         let entered = span.enter();
         // Not through a variable, because a move of a request is expensive.
-        let future = self.inner.call(M::first(request, kept.as_mut(), rules));
+        let future = self.inner.call(M::first_attempt(request, call.saved.as_mut(), rules));
         drop(entered);
         RetryFuture {
-            state: RetryStage::Calling { attempt: AttemptFuture::new(future) },
+            stage: RetryStage::Calling { attempt: AttemptFuture::new(future) },
             span,
             core,
-            protocol: self.protocol.clone(),
-            is_grpc_call,
-            kept,
-            course: None,
-            _request: PhantomData,
+            call,
+            state: None,
         }
     }
 }
@@ -108,17 +116,14 @@ impl<S: Clone, M: Clone> Retry<S, M> {
     /// Returns the future of a call whose deadline has already passed. The polled instance is replaced, so that what it
     /// reserved in `poll_ready` is released.
     #[cold]
-    fn unbegun<Req, F, K, H>(&mut self, kept: Option<K>) -> RetryFuture<S, Req, F, M, K, H> {
+    fn expired<F, P, C>(&mut self, call: C) -> RetryFuture<S, F, P, C> {
         self.inner = self.inner.clone();
         RetryFuture {
-            state: RetryStage::Unbegun,
-            span: Span::none(),
+            stage: RetryStage::Expired,
+            span: AttemptSpan::none(),
             core: self.core.lease(),
-            protocol: self.protocol.clone(),
-            is_grpc_call: false,
-            kept,
-            course: None,
-            _request: PhantomData,
+            call,
+            state: None,
         }
     }
 }

@@ -9,8 +9,8 @@ use std::{
     time::Duration,
 };
 
-use super::{overrides::Say, policy::Policy};
-use crate::attempt::{GiveUpReason, RetryBudget, Rules, lock};
+use super::{overrides::Overrides, policy::RetryPolicy};
+use crate::attempt::{GiveUpReason, RetryBudget, SaveRules, lock};
 
 /// The maximum number of transparent retries that a layer makes without a response in between.
 const MAX_TRANSPARENT_BALANCE: u32 = 200;
@@ -20,15 +20,17 @@ const TRANSPARENT_PER_RESPONSE: u32 = 5;
 
 /// The settings and the counts of one retry layer.
 pub(crate) struct RetrySettings {
+    /// The layer has built a service with this state.
+    in_use: AtomicBool,
     /// The maximum size of a saved request body. Separate from the policy, because every call reads it. The policy is
     /// read only after an attempt that did not plainly succeed.
-    body_cap: AtomicU64,
+    max_replay_bytes: AtomicU64,
     /// The timeout of an attempt in milliseconds. 0 is none.
-    attempt_ms: AtomicU64,
-    policy: Mutex<Arc<Policy>>,
+    attempt_timeout_ms: AtomicU64,
+    policy: Mutex<Arc<RetryPolicy>>,
     /// Whether the policy has rules of the user. These rules apply to every response, also to a success. It is changed
     /// under the lock of the policy, and read without the lock by every call.
-    says: AtomicBool,
+    has_overrides: AtomicBool,
     budget: Mutex<Option<RetryBudget>>,
     /// The number of transparent retries that the layer may make until the next response.
     transparent_balance: AtomicU32,
@@ -39,12 +41,17 @@ pub(crate) struct RetrySettings {
 
 impl RetrySettings {
     pub(crate) fn new() -> Self {
+        Self::with(RetryPolicy::new().into(), Some(RetryBudget::default()))
+    }
+
+    fn with(policy: Arc<RetryPolicy>, budget: Option<RetryBudget>) -> Self {
         Self {
-            body_cap: AtomicU64::new(64 * 1024),
-            attempt_ms: AtomicU64::new(0),
-            policy: Mutex::new(Arc::new(Policy::new())),
-            says: AtomicBool::new(false),
-            budget: Mutex::new(Some(RetryBudget::default())),
+            in_use: AtomicBool::new(false),
+            max_replay_bytes: AtomicU64::new(64 * 1024),
+            attempt_timeout_ms: AtomicU64::new(0),
+            has_overrides: AtomicBool::new(!policy.overrides.is_empty()),
+            policy: Mutex::new(policy),
+            budget: Mutex::new(budget),
             transparent_balance: AtomicU32::new(MAX_TRANSPARENT_BALANCE),
             retries: AtomicU64::new(0),
             gave_up: AtomicU64::new(0),
@@ -52,7 +59,24 @@ impl RetrySettings {
         }
     }
 
-    pub(crate) fn set(&self, set: impl FnOnce(&mut Policy)) {
+    /// Returns a copy of the settings with counts of its own. The budget stays shared.
+    pub(crate) fn fork(&self) -> Self {
+        let fork = Self::with(self.policy(), self.budget());
+        fork.max_replay_bytes
+            .store(self.max_replay_bytes.load(Ordering::Relaxed), Ordering::Relaxed);
+        fork.set_attempt_timeout(self.attempt_timeout());
+        fork
+    }
+
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.in_use.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_in_use(&self) {
+        self.in_use.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set(&self, set: impl FnOnce(&mut RetryPolicy)) {
         let mut policy = lock(&self.policy);
         // A closure that `set` replaces is dropped with this policy, without the lock.
         let before = policy.clone();
@@ -61,33 +85,33 @@ impl RetrySettings {
         drop(before);
     }
 
-    pub(crate) fn say(&self, say: impl FnOnce(&mut Say)) {
+    pub(crate) fn set_overrides(&self, set: impl FnOnce(&mut Overrides)) {
         self.set(|policy| {
-            say(&mut policy.say);
-            self.says.store(!policy.say.is_empty(), Ordering::Relaxed);
+            set(&mut policy.overrides);
+            self.has_overrides.store(!policy.overrides.is_empty(), Ordering::Relaxed);
         });
     }
 
     #[inline]
-    pub(crate) fn says(&self) -> bool {
-        self.says.load(Ordering::Relaxed)
+    pub(crate) fn has_overrides(&self) -> bool {
+        self.has_overrides.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn policy(&self) -> Arc<Policy> {
+    pub(crate) fn policy(&self) -> Arc<RetryPolicy> {
         lock(&self.policy).clone()
     }
 
-    pub(crate) fn set_body_cap(&self, bytes: u64) {
-        self.body_cap.store(bytes, Ordering::Relaxed);
+    pub(crate) fn set_max_replay_bytes(&self, bytes: u64) {
+        self.max_replay_bytes.store(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn set_attempt_timeout(&self, time: Option<Duration>) {
         let ms = time.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1));
-        self.attempt_ms.store(ms.unwrap_or(0), Ordering::Relaxed);
+        self.attempt_timeout_ms.store(ms.unwrap_or(0), Ordering::Relaxed);
     }
 
     pub(crate) fn attempt_timeout(&self) -> Option<Duration> {
-        match self.attempt_ms.load(Ordering::Relaxed) {
+        match self.attempt_timeout_ms.load(Ordering::Relaxed) {
             0 => None,
             ms => Some(Duration::from_millis(ms)),
         }
@@ -103,8 +127,13 @@ impl RetrySettings {
     }
 
     #[inline]
-    pub(crate) fn rules(&self, never: bool, marks: bool) -> Rules<'static> {
-        Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: None, never, marks }
+    pub(crate) fn save_rules(&self, is_off: bool, marks: bool) -> SaveRules<'static> {
+        SaveRules {
+            max_replay_bytes: self.max_replay_bytes.load(Ordering::Relaxed),
+            safe_requests: None,
+            is_off,
+            marks,
+        }
     }
 
     /// Deposits transparent retries for a response. This is one load if the balance is at its maximum.
@@ -138,11 +167,11 @@ impl RetrySettings {
         self.retries.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn count_stop(&self, stop: GiveUpReason) {
-        if !matches!(stop, GiveUpReason::Answered | GiveUpReason::NotRetryable) {
+    pub(crate) fn count_give_up(&self, reason: GiveUpReason) {
+        if !matches!(reason, GiveUpReason::Answered | GiveUpReason::NotRetryable) {
             self.gave_up.fetch_add(1, Ordering::Relaxed);
         }
-        if stop == GiveUpReason::BudgetUsedUp {
+        if reason == GiveUpReason::BudgetUsedUp {
             self.denied.fetch_add(1, Ordering::Relaxed);
         }
     }

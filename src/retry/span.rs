@@ -7,12 +7,12 @@ use crate::outcome::Outcome;
 #[cfg(feature = "tracing")]
 const TARGET: &str = "buttress::retry";
 
-#[cfg(feature = "tracing")]
+/// `None` for a call without an attempt, or if no subscriber records DEBUG.
 #[derive(Debug)]
-pub(super) struct Span(Option<tracing::Span>);
+pub(super) struct AttemptSpan(#[cfg(feature = "tracing")] Option<tracing::Span>);
 
 #[cfg(feature = "tracing")]
-impl Span {
+impl AttemptSpan {
     /// Returns no span, for a call without an attempt.
     pub(super) fn none() -> Self {
         Self(None)
@@ -68,21 +68,17 @@ impl Span {
 }
 
 #[cfg(not(feature = "tracing"))]
-#[derive(Debug)]
-pub(super) struct Span;
-
-#[cfg(not(feature = "tracing"))]
-impl Span {
+impl AttemptSpan {
     pub(super) fn none() -> Self {
-        Self
+        Self()
     }
 
     pub(super) fn first() -> Self {
-        Self
+        Self()
     }
 
     pub(super) fn further(_: u32, _: Duration) -> Self {
-        Self
+        Self()
     }
 
     pub(super) fn end(&mut self, _: Outcome) {}

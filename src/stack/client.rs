@@ -220,7 +220,7 @@ impl ClientHandle {
         stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
         stack.limit.handle().set_limit(next.limit.most()).map_err(one)?;
         drop(next.limit.apply(stack.limit.clone()));
-        drop(next.retry.apply(stack.retry.clone()));
+        next.retry.apply(&stack.retry.handle()).map_err(one)?;
         next.breaker.update(&stack.breaker).map_err(one)?;
         #[cfg(feature = "connect")]
         if let Some(connections) = &stack.connections {

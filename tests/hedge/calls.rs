@@ -12,7 +12,8 @@ use std::{
 use buttress::{
     Attempts, BoxError, ConcurrencyLimitLayer, Deadline, HedgeLayer, Outcome, Rejected,
     RetryBudget, RetryLayer,
-    retry::{Attempt, Hedge, HedgeAttempt, HedgeFuture, Hedged, ReplayBody},
+    hedge::{Hedge, HedgeAttempt, HedgeFuture, Hedged},
+    retry::{Attempt, ReplayBody},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -760,9 +761,27 @@ async fn state_shared_across_layer_calls() {
         call(&layer.clone().layer(upstream.clone()), get()).await.unwrap();
     }
     assert_eq!(handle.snapshot().sent, 6);
-    // The handle observes a setting that is made after its creation.
-    let _layer = layer.without_budget();
+}
+
+#[tokio::test(start_paused = true)]
+async fn handle_changes_a_running_layer_and_a_setter_does_not() {
+    let layer = HedgeLayer::http(DELAY);
+    let handle = layer.handle();
+    // Before the first service a setter changes the shared state.
+    let layer = layer.without_budget();
     assert_eq!(handle.snapshot().budget_balance, None);
+    let upstream = Upstream::new((1000, Status(200)), (1000, Status(200)));
+    let service = layer.layer(upstream.clone());
+    handle.set_max_hedges(2).unwrap();
+    call(&service, get()).await.unwrap();
+    assert_eq!(handle.snapshot().sent, 2);
+    let forked = layer.max_hedges(5);
+    call(&service, get()).await.unwrap();
+    assert_eq!(handle.snapshot().sent, 4, "the service keeps its settings");
+    call(&forked.layer(upstream), get()).await.unwrap();
+    assert_eq!((forked.handle().snapshot().sent, handle.snapshot().sent), (5, 4));
+    let error = handle.set_max_hedges(11).unwrap_err();
+    assert_eq!((error.field, &*error.value), ("max_hedges", "11"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -793,9 +812,9 @@ fn auto_traits() {
     fn send<T: Send + 'static>() {}
     all::<HedgeLayer>();
     all::<Hedge<Upstream>>();
-    all::<buttress::retry::HedgeHandle>();
+    all::<buttress::hedge::HedgeHandle>();
     type Call = <Hedge<Upstream> as Service<Request<Empty<Bytes>>>>::Future;
     send::<Call>();
-    fn named<S, Req, F, M, K, H>(_: Option<HedgeFuture<S, Req, F, M, K, H>>) {}
+    fn named<S, F, P, C>(_: Option<HedgeFuture<S, F, P, C>>) {}
     named(None::<Call>);
 }

@@ -9,8 +9,9 @@ use buttress::{
     Attempts, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, Outcome, Rejected,
     RetryBudget, RetryLayer,
     classify::Classify,
+    hedge::{HedgeAttempt, Hedged},
     outcome::RejectedKind,
-    retry::{HedgeAttempt, Hedged, ReplayBody},
+    retry::ReplayBody,
 };
 use bytes::Bytes;
 use http::{Request, Response};

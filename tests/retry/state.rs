@@ -32,20 +32,24 @@ async fn state_shared_across_layer_calls() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn setters_after_handle_are_seen() {
+async fn handle_changes_a_running_layer() {
     let layer = RetryLayer::http().without_budget();
     let handle = layer.handle();
-    let inner: Inner = Inner::new(|_| Ok(status(503)));
-    let service = layer.clone().layer(inner);
     assert_eq!(handle.snapshot().budget_balance, None);
-    let _layer =
-        layer.attempts(5).backoff(Backoff::constant(ms(7)).without_jitter()).budget(purse(9));
+    // Before the first service a setter changes the shared state.
+    let layer = layer.budget(purse(9));
+    let inner: Inner = Inner::new(|_| Ok(status(503)));
+    let service = layer.layer(inner);
+    handle.set_attempts(5).unwrap();
+    handle.set_backoff(Backoff::constant(ms(7)).without_jitter()).unwrap();
     let response = send(&service, get()).await.unwrap();
     let told = Attempts::of(&response);
     assert_eq!((told.made, told.waited), (5, ms(28)), "an existing service uses the new settings");
     let seen = handle.snapshot();
     assert_eq!((seen.retries, seen.budget_balance), (4, Some(9.0)));
-    let _layer = _layer.assume_idempotent().max_wait(Duration::ZERO).max_replay_bytes(0);
+    handle.set_assume_idempotent(true);
+    handle.set_max_wait(Duration::ZERO);
+    handle.set_max_replay_bytes(0);
     let start = Instant::now();
     let response = send(&service, post(Script::text("x"))).await.unwrap();
     assert_eq!(
@@ -55,6 +59,24 @@ async fn setters_after_handle_are_seen() {
     );
     send(&service, post(Script::empty())).await.unwrap();
     assert_eq!(start.elapsed(), Duration::ZERO);
+    let error = handle.set_attempts(0).unwrap_err();
+    assert_eq!((error.field, &*error.value), ("attempts", "0"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn setter_of_a_layer_in_use_does_not_change_its_services() {
+    let layer = RetryLayer::http().attempts(2).without_budget();
+    let handle = layer.handle();
+    let service = layer.layer(Inner::new(|_| Ok(status(503))) as Inner);
+    let forked = layer.clone().attempts(4);
+    send(&service, get()).await.unwrap();
+    assert_eq!(handle.snapshot().retries, 1, "the service keeps its settings");
+    send(&forked.layer(Inner::new(|_| Ok(status(503))) as Inner), get()).await.unwrap();
+    assert_eq!((forked.handle().snapshot().retries, handle.snapshot().retries), (3, 1));
+    // The handle of the layer changes only its own services.
+    handle.set_attempts(3).unwrap();
+    send(&forked.layer(Inner::new(|_| Ok(status(503))) as Inner), get()).await.unwrap();
+    assert_eq!((forked.handle().snapshot().retries, handle.snapshot().retries), (6, 1));
 }
 
 // ===== Configuration =====

@@ -11,7 +11,6 @@ use std::{
 use buttress::{
     Attempts, Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Retry,
     RetryBudget, RetryLayer,
-    classify::Http,
     retry::{GiveUpReason, PeekedBody, Replay, ReplayBody, RetryFuture, RetryHandle},
 };
 use bytes::Bytes;
@@ -44,7 +43,7 @@ fn auto_traits() {
     send::<ReplayBody<OnlySend>>();
     send::<PeekedBody<hyper::body::Incoming>>();
     unpin::<PeekedBody<hyper::body::Incoming>>();
-    fn _named<S, R, F, K, H>(_: RetryFuture<S, R, F, Http, K, H>) {}
+    fn _named<S, F, P, C>(_: RetryFuture<S, F, P, C>) {}
 }
 
 type OnlySend = http_body_util::combinators::UnsyncBoxBody<Bytes, BoxError>;
@@ -140,18 +139,18 @@ async fn any_clone_type_is_retried_by_a_closure() {
 
 /// A request type that implements how it is saved, and when it cannot be saved.
 #[tokio::test(start_paused = true)]
-async fn a_type_that_is_not_clone_says_how_it_is_kept() {
+async fn type_that_is_not_clone_is_retried_by_its_replay_implementation() {
     struct Upload(Option<&'static str>);
 
     impl Replay for Upload {
-        type Kept = &'static str;
+        type Saved = &'static str;
 
-        fn keep(&self) -> Option<&'static str> {
+        fn save(&self) -> Option<&'static str> {
             self.0
         }
 
-        fn again(kept: &&'static str) -> Self {
-            Self(Some(kept))
+        fn replay(saved: &&'static str) -> Self {
+            Self(Some(saved))
         }
     }
 

@@ -207,7 +207,7 @@ async fn user_rules_decide_about_rejections() {
     let error = waits().never_on(Reason::Rejected).checked().unwrap_err();
     assert_eq!(error.field, "wait_on_rejection");
     let error = layer().max_retries_for(FailureKind::Rejected, 1).checked().unwrap_err();
-    assert_eq!(error.field, "at_most(FailureKind::Rejected)");
+    assert_eq!(error.field, "max_retries_for(FailureKind::Rejected)");
     assert!(waits().max_retries_for(FailureKind::Rejected, 1).checked().is_ok());
     let error = waits().max_retries_for(FailureKind::Rejected, 0).checked().unwrap_err();
     assert_eq!(error.field, "wait_on_rejection");

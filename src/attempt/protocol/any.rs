@@ -10,13 +10,17 @@ use super::super::{
     give_up::GiveUpReason,
     hedged::Hedged,
     record::Attempts,
-    verdict::{BodyReplay, RetryAction, SafeRequests},
+    verdict::{BodyReplay, Classified, RetryAction, SafeRequests},
 };
-use super::{ClassifyAttempt, Numbered, Replay, ReplayRequest, Rules};
+use super::traits::{
+    AttemptNumber, ClassifyAttempt, Replay, ReplayRequest, SaveRules, SealedProtocol,
+};
 use crate::{
     classify::Classify,
     outcome::{Outcome, OutcomeKind, Rejected, http as rule},
 };
+
+impl<C> SealedProtocol for Classify<C> {}
 
 impl<C, Req> ReplayRequest<Req> for Classify<C>
 where
@@ -24,35 +28,35 @@ where
     Req: Replay,
 {
     type Request = Req;
-    type Kept = Req::Kept;
+    type Saved = Req::Saved;
 
     #[inline]
-    fn keep(request: &Req, rules: Rules<'_>) -> Option<Req::Kept> {
-        if rules.never { None } else { request.keep() }
+    fn save(request: &Req, rules: SaveRules<'_>) -> Option<Req::Saved> {
+        if rules.is_off { None } else { request.save() }
     }
 
     #[inline]
-    fn first(request: Req, _: Option<&mut Req::Kept>, _: Rules<'_>) -> Req {
+    fn first_attempt(request: Req, _: Option<&mut Req::Saved>, _: SaveRules<'_>) -> Req {
         request
     }
 
-    fn again(kept: &Req::Kept, _: Numbered) -> Req {
-        Req::again(kept)
+    fn replay(saved: &Req::Saved, _: AttemptNumber) -> Req {
+        Req::replay(saved)
     }
 
-    fn hedge_attempt(kept: &Req::Kept, _: u32) -> Req {
-        Req::again(kept)
+    fn hedge_attempt(saved: &Req::Saved, _: u32) -> Req {
+        Req::replay(saved)
     }
 
-    fn safe(_: &Req::Kept, _: &SafeRequests) -> bool {
+    fn is_safe(_: &Req::Saved, _: &SafeRequests) -> bool {
         true
     }
 
-    fn repeatable(_: &Req::Kept) -> BodyReplay {
+    fn body_replay(_: &Req::Saved) -> BodyReplay {
         BodyReplay::Yes
     }
 
-    fn claim(_: &Req::Kept) -> bool {
+    fn take_over(_: &Req::Saved) -> bool {
         true
     }
 }
@@ -60,13 +64,15 @@ where
 /// A result of any type, and its class.
 pub struct PendingResult<Res, E> {
     result: Result<Res, E>,
-    weight: (RetryAction, Outcome),
+    classified: Classified,
 }
 
 /// Omits the result: the `Debug` output of a response contains its headers.
 impl<Res, E> fmt::Debug for PendingResult<Res, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PendingResult").field("weight", &self.weight).finish_non_exhaustive()
+        f.debug_struct("PendingResult")
+            .field("classified", &self.classified)
+            .finish_non_exhaustive()
     }
 }
 
@@ -80,76 +86,70 @@ where
 {
     type Response = Res;
     type Error = E;
-    type Held = PendingResult<Res, E>;
+    type Pending = PendingResult<Res, E>;
 
-    const PATIENCE: Duration = Duration::ZERO;
+    const MAX_FIRST_FRAME_WAIT: Duration = Duration::ZERO;
 
     #[inline]
-    fn weigh(&self, _: bool, result: &Result<Res, E>) -> Option<(RetryAction, Outcome)> {
+    fn classify(&self, _: bool, result: &Result<Res, E>) -> Option<Classified> {
         // A rejection by a timeout ended an attempt in flight. The closure classifies it like any other error. Any
         // other rejection ends the call.
-        let refused = result.as_ref().err().and_then(Rejected::find_in_any);
-        if let Some(refused) = refused.filter(|refused| !refused.is_timeout()) {
+        let rejected = result.as_ref().err().and_then(Rejected::find_in_any);
+        if let Some(rejected) = rejected.filter(|rejected| !rejected.is_timeout()) {
             return Some((
-                RetryAction::Refused(GiveUpReason::Rejected),
-                rule::of_rejected(refused),
+                RetryAction::Forbidden(GiveUpReason::Rejected),
+                rule::of_rejected(rejected),
             ));
         }
         let outcome = (self.0)(result.as_ref());
         let class = match outcome.kind() {
-            OutcomeKind::Cancelled if outcome.is_housekeeping() => RetryAction::Retryable,
-            OutcomeKind::Failure | OutcomeKind::Throttled => RetryAction::Retryable,
-            OutcomeKind::Success | OutcomeKind::Cancelled => RetryAction::Final,
+            OutcomeKind::Cancelled if outcome.is_housekeeping() => RetryAction::Retry,
+            OutcomeKind::Failure | OutcomeKind::Throttled => RetryAction::Retry,
+            OutcomeKind::Success | OutcomeKind::Cancelled => RetryAction::Done,
         };
         Some((class, outcome))
     }
 
     #[inline]
-    fn give(result: Result<Res, E>) -> Result<Res, E> {
+    fn return_first(result: Result<Res, E>) -> Result<Res, E> {
         result
     }
 
-    fn hold(
-        result: Result<Res, E>,
-        weight: Option<(RetryAction, Outcome)>,
-    ) -> PendingResult<Res, E> {
-        // `weigh` always returns a class here, so this is never the default.
-        let weight = weight.unwrap_or((RetryAction::Final, Outcome::success()));
-        PendingResult { result, weight }
+    fn pending(result: Result<Res, E>, classified: Option<Classified>) -> PendingResult<Res, E> {
+        // `classify` always returns a class here, so this is never the default.
+        let classified = classified.unwrap_or((RetryAction::Done, Outcome::success()));
+        PendingResult { result, classified }
     }
 
-    fn poll_weigh(
-        held: &mut PendingResult<Res, E>,
-        _: &mut Context<'_>,
-    ) -> Poll<(RetryAction, Outcome)> {
-        Poll::Ready(held.weight)
+    fn poll_classify(pending: &mut PendingResult<Res, E>, _: &mut Context<'_>) -> Poll<Classified> {
+        Poll::Ready(pending.classified)
     }
 
-    fn is_error(held: &PendingResult<Res, E>) -> bool {
-        held.result.is_err()
+    fn is_error(pending: &PendingResult<Res, E>) -> bool {
+        pending.result.is_err()
     }
 
-    fn has_inner_attempts(held: &PendingResult<Res, E>) -> bool {
-        held.result.as_ref().err().and_then(rule::known).is_some_and(Attempts::is_in)
+    fn has_inner_attempts(pending: &PendingResult<Res, E>) -> bool {
+        pending.result.as_ref().err().and_then(rule::known).is_some_and(Attempts::is_in)
     }
 
     fn poll_discard(_: &mut PendingResult<Res, E>, _: u64, _: &mut Context<'_>) -> Poll<()> {
         Poll::Ready(())
     }
 
-    fn release(held: PendingResult<Res, E>, _: Option<Attempts>) -> Result<Res, E> {
-        held.result
+    fn return_recorded(pending: PendingResult<Res, E>, _: Option<Attempts>) -> Result<Res, E> {
+        pending.result
     }
 
-    fn broken(error: E, _: Attempts) -> E {
+    fn readiness_error(error: E, _: Attempts) -> E {
         error
     }
 
-    fn pass(held: PendingResult<Res, E>, _: Option<Hedged>) -> Result<Res, E> {
-        held.result
+    fn return_hedged(pending: PendingResult<Res, E>, _: Option<Hedged>) -> Result<Res, E> {
+        pending.result
     }
 
-    fn error(error: E) -> E {
+    fn inner_error(error: E) -> E {
         error
     }
 }

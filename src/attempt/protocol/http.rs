@@ -14,15 +14,17 @@ use super::super::{
     peeked_body::{Peek, PeekedBody},
     record::{Attempt, Attempts, RetryError},
     replay::ReplayBody,
-    verdict::{BodyReplay, RetryAction, SafeRequests},
+    verdict::{BodyReplay, Classified, RetryAction, SafeRequests},
 };
 use super::{
-    AttemptResponse, ClassifyAttempt, Numbered, ReplayRequest, Rules,
     classify::{
-        classify_begun, classify_failed_body, classify_head, classify_missing, of_reason,
-        weigh_grpc,
+        classify_begun, classify_failed_body, classify_grpc, classify_head, classify_missing,
+        of_reason,
     },
     saved_request::SavedRequest,
+    traits::{
+        AttemptNumber, AttemptResponse, ClassifyAttempt, ReplayRequest, SaveRules, SealedProtocol,
+    },
 };
 use crate::{
     classify::Http,
@@ -55,9 +57,11 @@ fn publish<B: Body>(request: &mut Request<B>) -> Option<SentMark> {
     Some(mark)
 }
 
+impl SealedProtocol for Http {}
+
 impl<B: Body> ReplayRequest<Request<B>> for Http {
     type Request = Request<ReplayBody<B>>;
-    type Kept = SavedRequest<B>;
+    type Saved = SavedRequest<B>;
 
     #[inline]
     fn is_grpc(request: &Request<B>) -> bool {
@@ -66,23 +70,23 @@ impl<B: Body> ReplayRequest<Request<B>> for Http {
 
     // An unsafe request is saved too. It may be retried after `REFUSED_STREAM`, although its body has been sent.
     #[inline]
-    fn keep(request: &Request<B>, rules: Rules<'_>) -> Option<SavedRequest<B>> {
-        rules.keeps(request.method(), request.headers()).then(|| SavedRequest::of(request))
+    fn save(request: &Request<B>, rules: SaveRules<'_>) -> Option<SavedRequest<B>> {
+        rules.allow(request.method(), request.headers()).then(|| SavedRequest::of(request))
     }
 
     #[inline]
-    fn first(
+    fn first_attempt(
         mut request: Request<B>,
-        kept: Option<&mut SavedRequest<B>>,
-        rules: Rules<'_>,
+        saved: Option<&mut SavedRequest<B>>,
+        rules: SaveRules<'_>,
     ) -> Self::Request {
         let mark = if rules.marks { publish(&mut request) } else { None };
         request.map(|body| {
-            let body = match kept {
-                Some(kept) => {
-                    kept.marks = rules.marks;
-                    let (body, tape) = ReplayBody::new(body, rules.body_cap);
-                    kept.tape = tape;
+            let body = match saved {
+                Some(saved) => {
+                    saved.marks = rules.marks;
+                    let (body, handle) = ReplayBody::new(body, rules.max_replay_bytes);
+                    saved.body = handle;
                     body
                 }
                 None => ReplayBody::once(body),
@@ -91,40 +95,40 @@ impl<B: Body> ReplayRequest<Request<B>> for Http {
         })
     }
 
-    fn again(kept: &SavedRequest<B>, attempt: Numbered) -> Self::Request {
-        after(attempt.seen, kept.marked(Attempt(attempt.number)))
+    fn replay(saved: &SavedRequest<B>, attempt: AttemptNumber) -> Self::Request {
+        after(attempt.seen, saved.marked(Attempt(attempt.number)))
     }
 
-    fn head(kept: &SavedRequest<B>) -> Request<()> {
-        kept.request(())
+    fn head(saved: &SavedRequest<B>) -> Request<()> {
+        saved.request(())
     }
 
-    fn header<'a>(kept: &'a SavedRequest<B>, name: &str) -> Option<&'a [u8]> {
-        kept.header(name)
+    fn header<'a>(saved: &'a SavedRequest<B>, name: &str) -> Option<&'a [u8]> {
+        saved.header(name)
     }
 
-    fn deadline(kept: &SavedRequest<B>) -> Option<Deadline> {
-        kept.deadline()
+    fn deadline(saved: &SavedRequest<B>) -> Option<Deadline> {
+        saved.deadline()
     }
 
-    fn hedge_attempt(kept: &SavedRequest<B>, number: u32) -> Self::Request {
-        let copy = kept.marked(HedgeAttempt(number));
+    fn hedge_attempt(saved: &SavedRequest<B>, number: u32) -> Self::Request {
+        let copy = saved.marked(HedgeAttempt(number));
         // The request may be an attempt of an outer retry, with a number of its own.
         let before = copy.headers().get(PREVIOUS_ATTEMPTS);
         let before: u32 = before.and_then(|n| n.to_str().ok()?.parse().ok()).unwrap_or(0);
         after(before.saturating_add(number), copy)
     }
 
-    fn safe(kept: &SavedRequest<B>, by: &SafeRequests) -> bool {
-        kept.safe(by)
+    fn is_safe(saved: &SavedRequest<B>, by: &SafeRequests) -> bool {
+        saved.is_safe(by)
     }
 
-    fn repeatable(kept: &SavedRequest<B>) -> BodyReplay {
-        kept.repeatable()
+    fn body_replay(saved: &SavedRequest<B>) -> BodyReplay {
+        saved.body_replay()
     }
 
-    fn claim(kept: &SavedRequest<B>) -> bool {
-        kept.tape.claim()
+    fn take_over(saved: &SavedRequest<B>) -> bool {
+        saved.body.take_over()
     }
 }
 
@@ -133,21 +137,23 @@ impl<B: Body> ReplayRequest<Request<B>> for Http {
 /// A response or an error, and its class if the head decides.
 pub struct PendingResponse<B: Body> {
     result: Result<Response<PeekedBody<B>>, BoxError>,
-    weight: Option<(RetryAction, Outcome)>,
+    classified: Option<Classified>,
     drained: u64,
 }
 
 /// Omits the result: the `Debug` output of a response contains its headers.
 impl<B: Body> fmt::Debug for PendingResponse<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PendingResponse").field("weight", &self.weight).finish_non_exhaustive()
+        f.debug_struct("PendingResponse")
+            .field("classified", &self.classified)
+            .finish_non_exhaustive()
     }
 }
 
 impl<B: Body> PendingResponse<B> {
-    fn error(error: BoxError) -> Self {
+    fn of_error(error: BoxError) -> Self {
         let outcome = Outcome::of_error(&*error);
-        Self { result: Err(error), weight: Some((of_reason(outcome), outcome)), drained: 0 }
+        Self { result: Err(error), classified: Some((of_reason(outcome), outcome)), drained: 0 }
     }
 }
 
@@ -158,75 +164,72 @@ where
 {
     type Response = Response<PeekedBody<B>>;
     type Error = BoxError;
-    type Held = PendingResponse<B>;
+    type Pending = PendingResponse<B>;
 
     // The trailers of a failed gRPC call follow its head at once. The first message of a stream may come much later.
-    const PATIENCE: Duration = Duration::from_millis(10);
+    const MAX_FIRST_FRAME_WAIT: Duration = Duration::from_millis(10);
 
     #[inline]
-    fn weigh(
-        &self,
-        is_grpc_call: bool,
-        result: &Result<Response<B>, E>,
-    ) -> Option<(RetryAction, Outcome)> {
+    fn classify(&self, is_grpc_call: bool, result: &Result<Response<B>, E>) -> Option<Classified> {
         let response = result.as_ref().ok()?;
         let (status, headers) = (response.status(), response.headers());
         classify_head(is_grpc_call, status, headers, response.extensions())
     }
 
     #[inline]
-    fn give(result: Result<Response<B>, E>) -> Result<Self::Response, BoxError> {
+    fn return_first(result: Result<Response<B>, E>) -> Result<Self::Response, BoxError> {
         match result {
             Ok(response) => Ok(response.map(PeekedBody::new)),
             Err(error) => Err(Box::new(RetryError::new(Attempts::FIRST_ERROR, error.into()))),
         }
     }
 
-    fn hold(
+    fn pending(
         result: Result<Response<B>, E>,
-        weight: Option<(RetryAction, Outcome)>,
+        classified: Option<Classified>,
     ) -> PendingResponse<B> {
         match result {
-            Ok(response) => {
-                PendingResponse { result: Ok(response.map(PeekedBody::new)), weight, drained: 0 }
-            }
-            Err(error) => PendingResponse::error(error.into()),
+            Ok(response) => PendingResponse {
+                result: Ok(response.map(PeekedBody::new)),
+                classified,
+                drained: 0,
+            },
+            Err(error) => PendingResponse::of_error(error.into()),
         }
     }
 
-    fn poll_weigh(
-        held: &mut PendingResponse<B>,
-        cx: &mut Context<'_>,
-    ) -> Poll<(RetryAction, Outcome)> {
-        let (Ok(response), None) = (&mut held.result, held.weight) else {
-            return Poll::Ready(held.weight.unwrap_or((RetryAction::Final, Outcome::success())));
+    fn poll_classify(pending: &mut PendingResponse<B>, cx: &mut Context<'_>) -> Poll<Classified> {
+        let (Ok(response), None) = (&mut pending.result, pending.classified) else {
+            return Poll::Ready(
+                pending.classified.unwrap_or((RetryAction::Done, Outcome::success())),
+            );
         };
         let missing = classify_missing(response.status(), response.headers());
-        let weight = match ready!(response.body_mut().poll_peek(cx)) {
+        let classified = match ready!(response.body_mut().poll_peek(cx)) {
             Peek::Message => classify_begun(missing),
             Peek::Trailers(trailers) => {
-                grpc::status(trailers).map_or(missing, |outcome| weigh_grpc(trailers, outcome))
+                grpc::status(trailers).map_or(missing, |outcome| classify_grpc(trailers, outcome))
             }
             Peek::Error => classify_failed_body(missing),
             Peek::End => missing,
         };
-        held.weight = Some(weight);
-        Poll::Ready(weight)
+        pending.classified = Some(classified);
+        Poll::Ready(classified)
     }
 
-    fn undecided(held: &PendingResponse<B>) -> (RetryAction, Outcome) {
-        match &held.result {
+    fn classify_unread(pending: &PendingResponse<B>) -> Classified {
+        match &pending.result {
             Ok(response) => classify_begun(classify_missing(response.status(), response.headers())),
-            Err(_) => (RetryAction::Final, Outcome::success()),
+            Err(_) => (RetryAction::Done, Outcome::success()),
         }
     }
 
-    fn is_error(held: &PendingResponse<B>) -> bool {
-        held.result.is_err()
+    fn is_error(pending: &PendingResponse<B>) -> bool {
+        pending.result.is_err()
     }
 
-    fn answer(held: &PendingResponse<B>) -> Option<AttemptResponse<'_>> {
-        Some(match &held.result {
+    fn response(pending: &PendingResponse<B>) -> Option<AttemptResponse<'_>> {
+        Some(match &pending.result {
             Ok(response) => {
                 AttemptResponse::Head(response.status(), response.headers(), response.extensions())
             }
@@ -234,18 +237,18 @@ where
         })
     }
 
-    fn poll_discard(held: &mut PendingResponse<B>, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
-        match &mut held.result {
-            Ok(response) => poll_drain(response.body_mut(), &mut held.drained, cap, cx),
+    fn poll_discard(pending: &mut PendingResponse<B>, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut pending.result {
+            Ok(response) => poll_drain(response.body_mut(), &mut pending.drained, cap, cx),
             Err(_) => Poll::Ready(()),
         }
     }
 
-    fn release(
-        held: PendingResponse<B>,
+    fn return_recorded(
+        pending: PendingResponse<B>,
         record: Option<Attempts>,
     ) -> Result<Self::Response, BoxError> {
-        match held.result {
+        match pending.result {
             Ok(mut response) => {
                 if let Some(record) = record {
                     response.extensions_mut().insert(record);
@@ -259,32 +262,37 @@ where
         }
     }
 
-    const TAKES_ERRORS: bool = true;
+    const ACCEPTS_ERRORS: bool = true;
 
-    fn failed(error: BoxError) -> Option<(PendingResponse<B>, (RetryAction, Outcome))> {
-        let held = PendingResponse::error(error);
-        held.weight.map(|weight| (held, weight))
+    fn pending_error(error: BoxError) -> Option<(PendingResponse<B>, Classified)> {
+        let pending = PendingResponse::of_error(error);
+        pending.classified.map(|classified| (pending, classified))
     }
 
-    fn broken(error: E, record: Attempts) -> BoxError {
+    fn readiness_error(error: E, record: Attempts) -> BoxError {
         Box::new(RetryError::new(record, error.into()))
     }
 
-    fn pass(held: PendingResponse<B>, hedged: Option<Hedged>) -> Result<Self::Response, BoxError> {
-        let mut response = held.result?;
+    fn return_hedged(
+        pending: PendingResponse<B>,
+        hedged: Option<Hedged>,
+    ) -> Result<Self::Response, BoxError> {
+        let mut response = pending.result?;
         if let Some(hedged) = hedged {
             response.extensions_mut().insert(hedged);
         }
         Ok(response)
     }
 
-    fn sent_before(result: Result<Self::Response, BoxError>) -> Result<Self::Response, BoxError> {
+    fn mark_sent_before(
+        result: Result<Self::Response, BoxError>,
+    ) -> Result<Self::Response, BoxError> {
         let mut response = result.map_err(SentBefore)?;
         response.extensions_mut().insert(SentBefore(()));
         Ok(response)
     }
 
-    fn error(error: E) -> BoxError {
+    fn inner_error(error: E) -> BoxError {
         error.into()
     }
 }

@@ -12,12 +12,14 @@ use reqwest::{Body, Error, Request, Response};
 use super::super::{
     hedged::{Hedged, SentBefore},
     record::{Attempts, RetryError},
-    verdict::{BodyReplay, RetryAction, SafeRequests},
+    verdict::{BodyReplay, Classified, RetryAction, SafeRequests},
 };
 use super::{
-    AttemptResponse, ClassifyAttempt, Numbered, ReplayRequest, Rules,
     classify::{classify_begun, classify_head, classify_missing, of_reason},
     saved_request::{is_safe, keyed},
+    traits::{
+        AttemptNumber, AttemptResponse, ClassifyAttempt, ReplayRequest, SaveRules, SealedProtocol,
+    },
 };
 use crate::{
     error::BoxError,
@@ -29,53 +31,55 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct Reqwest;
 
+impl SealedProtocol for Reqwest {}
+
 impl ReplayRequest<Request> for Reqwest {
     type Request = Request;
-    type Kept = Request;
+    type Saved = Request;
 
     fn is_grpc(request: &Request) -> bool {
         grpc::is_grpc_call(request.method(), request.headers())
     }
 
-    fn keep(request: &Request, rules: Rules<'_>) -> Option<Request> {
+    fn save(request: &Request, rules: SaveRules<'_>) -> Option<Request> {
         // `None` for a stream, which can be read only once. Any other body is shared, not copied.
-        if rules.keeps(request.method(), request.headers()) { request.try_clone() } else { None }
+        if rules.allow(request.method(), request.headers()) { request.try_clone() } else { None }
     }
 
-    fn first(request: Request, _: Option<&mut Request>, _: Rules<'_>) -> Request {
+    fn first_attempt(request: Request, _: Option<&mut Request>, _: SaveRules<'_>) -> Request {
         request
     }
 
-    fn again(kept: &Request, _: Numbered) -> Request {
-        Self::hedge_attempt(kept, 1)
+    fn replay(saved: &Request, _: AttemptNumber) -> Request {
+        Self::hedge_attempt(saved, 1)
     }
 
-    fn head(kept: &Request) -> Head<()> {
+    fn head(saved: &Request) -> Head<()> {
         let mut head = Head::new(());
-        *head.method_mut() = kept.method().clone();
-        *head.uri_mut() = kept.url().as_str().parse().unwrap_or_default();
-        *head.headers_mut() = kept.headers().clone();
+        *head.method_mut() = saved.method().clone();
+        *head.uri_mut() = saved.url().as_str().parse().unwrap_or_default();
+        *head.headers_mut() = saved.headers().clone();
         head
     }
 
-    fn header<'a>(kept: &'a Request, name: &str) -> Option<&'a [u8]> {
-        kept.headers().get(name).map(|value| value.as_bytes())
+    fn header<'a>(saved: &'a Request, name: &str) -> Option<&'a [u8]> {
+        saved.headers().get(name).map(|value| value.as_bytes())
     }
 
-    fn hedge_attempt(kept: &Request, _: u32) -> Request {
-        let Some(copy) = kept.try_clone() else { unreachable!("a stream is not saved") };
+    fn hedge_attempt(saved: &Request, _: u32) -> Request {
+        let Some(copy) = saved.try_clone() else { unreachable!("a stream is not saved") };
         copy
     }
 
-    fn safe(kept: &Request, by: &SafeRequests) -> bool {
-        is_safe(kept.method(), by, || keyed(kept.headers()))
+    fn is_safe(saved: &Request, by: &SafeRequests) -> bool {
+        is_safe(saved.method(), by, || keyed(saved.headers()))
     }
 
-    fn repeatable(_: &Request) -> BodyReplay {
+    fn body_replay(_: &Request) -> BodyReplay {
         BodyReplay::Yes
     }
 
-    fn claim(_: &Request) -> bool {
+    fn take_over(_: &Request) -> bool {
         true
     }
 }
@@ -83,7 +87,7 @@ impl ReplayRequest<Request> for Reqwest {
 /// A response of reqwest, and its class.
 pub enum PendingReqwest {
     /// The result, not yet returned or discarded.
-    Answer(Result<Response, BoxError>, (RetryAction, Outcome)),
+    Result(Result<Response, BoxError>, Classified),
     /// A discarded body, and the number of bytes drained from it.
     Discarded(Body, u64),
 }
@@ -92,7 +96,7 @@ pub enum PendingReqwest {
 impl fmt::Debug for PendingReqwest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Answer(..) => "PendingReqwest(answer)",
+            Self::Result(..) => "PendingReqwest(result)",
             Self::Discarded(..) => "PendingReqwest(discarded)",
         })
     }
@@ -101,13 +105,13 @@ impl fmt::Debug for PendingReqwest {
 impl PendingReqwest {
     fn result(self) -> Result<Response, BoxError> {
         match self {
-            Self::Answer(result, _) => result,
+            Self::Result(result, _) => result,
             Self::Discarded(..) => unreachable!("a discarded response is not returned"),
         }
     }
 }
 
-fn weigh_error(error: &(dyn std::error::Error + 'static)) -> (RetryAction, Outcome) {
+fn classify_error(error: &(dyn std::error::Error + 'static)) -> Classified {
     let outcome = Outcome::of_error(error);
     (of_reason(outcome), outcome)
 }
@@ -115,74 +119,68 @@ fn weigh_error(error: &(dyn std::error::Error + 'static)) -> (RetryAction, Outco
 impl ClassifyAttempt<Response, Error> for Reqwest {
     type Response = Response;
     type Error = BoxError;
-    type Held = PendingReqwest;
+    type Pending = PendingReqwest;
 
-    const PATIENCE: Duration = Duration::ZERO;
+    const MAX_FIRST_FRAME_WAIT: Duration = Duration::ZERO;
 
-    fn weigh(
-        &self,
-        is_grpc_call: bool,
-        result: &Result<Response, Error>,
-    ) -> Option<(RetryAction, Outcome)> {
+    fn classify(&self, is_grpc_call: bool, result: &Result<Response, Error>) -> Option<Classified> {
         Some(match result {
             Ok(response) => {
                 let (status, headers) = (response.status(), response.headers());
-                let weight = classify_head(is_grpc_call, status, headers, response.extensions());
+                let classified =
+                    classify_head(is_grpc_call, status, headers, response.extensions());
                 // reqwest does not expose the trailers.
-                weight.unwrap_or_else(|| classify_begun(classify_missing(status, headers)))
+                classified.unwrap_or_else(|| classify_begun(classify_missing(status, headers)))
             }
-            Err(error) => weigh_error(error),
+            Err(error) => classify_error(error),
         })
     }
 
-    fn give(result: Result<Response, Error>) -> Result<Response, BoxError> {
+    fn return_first(result: Result<Response, Error>) -> Result<Response, BoxError> {
         result
             .map_err(|error| Box::new(RetryError::new(Attempts::FIRST_ERROR, error.into())).into())
     }
 
-    fn hold(
-        result: Result<Response, Error>,
-        weight: Option<(RetryAction, Outcome)>,
-    ) -> PendingReqwest {
-        // `weigh` always returns a class here, so this is never the default.
-        let weight = weight.unwrap_or((RetryAction::Final, Outcome::success()));
-        PendingReqwest::Answer(result.map_err(BoxError::from), weight)
+    fn pending(result: Result<Response, Error>, classified: Option<Classified>) -> PendingReqwest {
+        // `classify` always returns a class here, so this is never the default.
+        let classified = classified.unwrap_or((RetryAction::Done, Outcome::success()));
+        PendingReqwest::Result(result.map_err(BoxError::from), classified)
     }
 
-    fn poll_weigh(held: &mut PendingReqwest, _: &mut Context<'_>) -> Poll<(RetryAction, Outcome)> {
-        Poll::Ready(match held {
-            PendingReqwest::Answer(_, weight) => *weight,
+    fn poll_classify(pending: &mut PendingReqwest, _: &mut Context<'_>) -> Poll<Classified> {
+        Poll::Ready(match pending {
+            PendingReqwest::Result(_, classified) => *classified,
             PendingReqwest::Discarded(..) => unreachable!("classified before it is discarded"),
         })
     }
 
-    fn is_error(held: &PendingReqwest) -> bool {
-        matches!(held, PendingReqwest::Answer(Err(_), _))
+    fn is_error(pending: &PendingReqwest) -> bool {
+        matches!(pending, PendingReqwest::Result(Err(_), _))
     }
 
-    fn answer(held: &PendingReqwest) -> Option<AttemptResponse<'_>> {
-        match held {
-            PendingReqwest::Answer(Ok(response), _) => Some(AttemptResponse::Head(
+    fn response(pending: &PendingReqwest) -> Option<AttemptResponse<'_>> {
+        match pending {
+            PendingReqwest::Result(Ok(response), _) => Some(AttemptResponse::Head(
                 response.status(),
                 response.headers(),
                 response.extensions(),
             )),
-            PendingReqwest::Answer(Err(error), _) => Some(AttemptResponse::Error(&**error)),
+            PendingReqwest::Result(Err(error), _) => Some(AttemptResponse::Error(&**error)),
             PendingReqwest::Discarded(..) => None,
         }
     }
 
-    fn poll_discard(held: &mut PendingReqwest, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll_discard(pending: &mut PendingReqwest, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            match held {
+            match pending {
                 PendingReqwest::Discarded(body, drained) => {
                     return crate::drain::poll_drain(body, drained, cap, cx);
                 }
-                PendingReqwest::Answer(..) => {
+                PendingReqwest::Result(..) => {
                     let nothing = PendingReqwest::Discarded(Body::default(), 0);
                     // The body can only be taken by consuming the response.
-                    if let Ok(response) = mem::replace(held, nothing).result() {
-                        *held =
+                    if let Ok(response) = mem::replace(pending, nothing).result() {
+                        *pending =
                             PendingReqwest::Discarded(HttpResponse::from(response).into_body(), 0);
                     }
                 }
@@ -190,8 +188,11 @@ impl ClassifyAttempt<Response, Error> for Reqwest {
         }
     }
 
-    fn release(held: PendingReqwest, record: Option<Attempts>) -> Result<Response, BoxError> {
-        match held.result() {
+    fn return_recorded(
+        pending: PendingReqwest,
+        record: Option<Attempts>,
+    ) -> Result<Response, BoxError> {
+        match pending.result() {
             Ok(mut response) => {
                 if let Some(record) = record {
                     response.extensions_mut().insert(record);
@@ -204,32 +205,35 @@ impl ClassifyAttempt<Response, Error> for Reqwest {
         }
     }
 
-    const TAKES_ERRORS: bool = true;
+    const ACCEPTS_ERRORS: bool = true;
 
-    fn failed(error: BoxError) -> Option<(PendingReqwest, (RetryAction, Outcome))> {
-        let weight = weigh_error(&*error);
-        Some((PendingReqwest::Answer(Err(error), weight), weight))
+    fn pending_error(error: BoxError) -> Option<(PendingReqwest, Classified)> {
+        let classified = classify_error(&*error);
+        Some((PendingReqwest::Result(Err(error), classified), classified))
     }
 
-    fn broken(error: Error, record: Attempts) -> BoxError {
+    fn readiness_error(error: Error, record: Attempts) -> BoxError {
         Box::new(RetryError::new(record, error.into()))
     }
 
-    fn pass(held: PendingReqwest, hedged: Option<Hedged>) -> Result<Response, BoxError> {
-        let mut response = held.result()?;
+    fn return_hedged(
+        pending: PendingReqwest,
+        hedged: Option<Hedged>,
+    ) -> Result<Response, BoxError> {
+        let mut response = pending.result()?;
         if let Some(hedged) = hedged {
             response.extensions_mut().insert(hedged);
         }
         Ok(response)
     }
 
-    fn sent_before(result: Result<Response, BoxError>) -> Result<Response, BoxError> {
+    fn mark_sent_before(result: Result<Response, BoxError>) -> Result<Response, BoxError> {
         let mut response = result.map_err(SentBefore)?;
         response.extensions_mut().insert(SentBefore(()));
         Ok(response)
     }
 
-    fn error(error: Error) -> BoxError {
+    fn inner_error(error: Error) -> BoxError {
         error.into()
     }
 }

@@ -1,27 +1,29 @@
 //! Request bodies that can be replayed.
 //!
-//! The [`Reel`] of a request holds the user's body and the data that was read from it. The saved request has it as a
-//! [`Tape`], and the body of each attempt has a [`Reader`] of it. A reader first returns the saved data. Then it polls
-//! the user's body and saves the new data for later attempts.
+//! The [`ReplayState`] of a request holds the user's body and the data that was read from it. The saved request has it
+//! as a [`ReplayHandle`], and the body of each attempt has a [`ReplayReader`] of it. A reader first returns the saved
+//! data. Then it polls the user's body and saves the new data for later attempts.
 //!
-//! Only the newest reader may read. `Reel::turn` is its number, and each reader has its own in `Reader::turn`. A
-//! claim or a replay increases `Reel::turn`, which cuts off all earlier readers: they stay pending, since the transport
-//! may still poll the body of an attempt that has ended.
+//! Only the newest reader may read. `ReplayState::reader` is its number, and each reader has its own in
+//! `ReplayReader::number`. `take_over` and `replay` increase `ReplayState::reader`, which cuts off all earlier readers:
+//! they stay pending, since the transport may still poll the body of an attempt that has ended.
 //!
-//! The user's body is polled without the lock: a reader takes it out ([`Rest::Polled`]) and puts it back with
+//! The user's body is polled without the lock: a reader takes it out ([`UnreadBody::Polled`]) and puts it back with
 //! [`PolledBody::put_back`]. If a new reader begins meanwhile, the frame of the old reader is saved for the new one.
 //!
 //! Invariants:
 //!
-//! - User code runs without the lock: the polls, the size hint and the drop of the body, and the wakers.
+//! - User code runs without the lock: the polls, the size hint and the drop of the body, and the wakers. A poisoned
+//!   lock therefore still protects a consistent state.
 //! - `PolledBody` puts the body back on every path, also during a panic. A reader that waits for it is always woken.
-//! - If data or an error is lost, `Reel::torn` is set. The body is never replayed then.
-//! - `Reel::in_use` is changed only by the newest reader and by the reel's owner, never by a reader that was cut off.
+//! - If data or an error is lost, `ReplayState::is_truncated` is set. The body is never replayed then.
+//! - `ReplayState::is_reading` is changed only by the newest reader and by the handle, never by a reader that was cut
+//!   off.
 
 use std::{
     fmt, mem,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     task::{Context, Poll, Waker},
 };
 
@@ -30,8 +32,8 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::super::verdict::BodyReplay;
-use super::buffer::Sent;
+use super::super::{core::lock, verdict::BodyReplay};
+use super::buffer::SavedData;
 use crate::outcome::SentMark;
 
 pin_project! {
@@ -41,7 +43,7 @@ pin_project! {
     /// cannot be replayed. Trailers are replayed too.
     pub struct ReplayBody<B> {
         #[pin]
-        kind: Kind<B>,
+        kind: ReplayKind<B>,
         progress: ProgressReporter,
     }
 }
@@ -74,40 +76,41 @@ impl Drop for ProgressReporter {
 }
 
 pin_project! {
-    #[project = KindProj]
-    enum Kind<B> {
+    #[project = ReplayKindProj]
+    enum ReplayKind<B> {
         Empty,
-        Through { #[pin] body: B },
-        Taped { reader: Reader<B> },
+        PassThrough { #[pin] body: B },
+        Replayable { reader: ReplayReader<B> },
     }
 }
 
 /// The saved part of a body, from which later attempts replay it.
-pub(crate) enum Tape<B> {
+pub(crate) enum ReplayHandle<B> {
     /// The body is empty.
     Empty,
     /// The data that has been read, and the rest of the body.
-    Taped(Arc<Mutex<Reel<B>>>),
+    Replayable(Arc<Mutex<ReplayState<B>>>),
 }
 
-pub(crate) struct Reel<B> {
-    rest: Rest<B>,
+pub(crate) struct ReplayState<B> {
+    rest: UnreadBody<B>,
     /// The size hint of `rest`, read after each frame.
     rest_hint: SizeHint,
-    sent: Sent,
+    saved: SavedData,
     trailers: Option<Box<HeaderMap>>,
     size: u64,
     cap: u64,
     /// Data was read and not saved, or the body failed: the body cannot be replayed.
-    torn: bool,
+    is_truncated: bool,
     /// The current reader may read more.
-    in_use: bool,
-    /// The number of the current reader. Each claim and each replay increases it, which cuts off the readers before.
-    turn: u32,
+    is_reading: bool,
+    /// The number of the current reader. Each take-over and each replay increases it, which cuts off the readers
+    /// before.
+    reader: u32,
 }
 
 /// The part of a body that has not been read.
-enum Rest<B> {
+enum UnreadBody<B> {
     /// Boxed, because it moves in and out of the lock and need not be `Unpin`. It outlives the attempt that polls it.
     Unread(Pin<Box<B>>),
     /// A reader polls the body without the lock, because the body is user code. Another reader finds this state only if
@@ -120,10 +123,10 @@ enum Rest<B> {
     Ended,
 }
 
-struct Reader<B> {
-    reel: Arc<Mutex<Reel<B>>>,
+struct ReplayReader<B> {
+    state: Arc<Mutex<ReplayState<B>>>,
     next: usize,
-    turn: u32,
+    number: u32,
     /// The reader has returned the end, the trailers, the last data or an error.
     done: bool,
     /// True for the first reader before its first poll. Its body has not ended then, so that `is_end_stream` needs no
@@ -131,44 +134,40 @@ struct Reader<B> {
     is_fresh: bool,
 }
 
-fn lock<B>(reel: &Mutex<Reel<B>>) -> MutexGuard<'_, Reel<B>> {
-    // No user code runs under the lock, so that a poisoned lock still protects a consistent state.
-    reel.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl<B: Body> ReplayBody<B> {
     /// Returns the body of the first attempt, and its saved part for the next attempts. With a `cap` of 0 no data is
     /// saved, and the body can be replayed only if no data has been read.
-    pub(crate) fn new(body: B, cap: u64) -> (Self, Tape<B>) {
+    pub(crate) fn new(body: B, cap: u64) -> (Self, ReplayHandle<B>) {
         if body.is_end_stream() {
-            return (Self::of(Kind::Empty), Tape::Empty);
+            return (Self::of(ReplayKind::Empty), ReplayHandle::Empty);
         }
         // A body that exceeds the cap is not saved at all. It can be replayed as long as no data has been read.
         let rest_hint = body.size_hint();
         let cap = if rest_hint.lower() > cap { 0 } else { cap };
-        let reel = Arc::new(Mutex::new(Reel {
-            rest: Rest::Unread(Box::pin(body)),
+        let state = Arc::new(Mutex::new(ReplayState {
+            rest: UnreadBody::Unread(Box::pin(body)),
             rest_hint,
-            sent: Sent::default(),
+            saved: SavedData::default(),
             trailers: None,
             size: 0,
             cap,
-            torn: false,
-            in_use: true,
-            turn: 0,
+            is_truncated: false,
+            is_reading: true,
+            reader: 0,
         }));
-        let reader = Reader { reel: reel.clone(), next: 0, turn: 0, done: false, is_fresh: true };
-        (Self::of(Kind::Taped { reader }), Tape::Taped(reel))
+        let reader =
+            ReplayReader { state: state.clone(), next: 0, number: 0, done: false, is_fresh: true };
+        (Self::of(ReplayKind::Replayable { reader }), ReplayHandle::Replayable(state))
     }
 
     /// Returns a body that is sent once and not saved.
     pub(crate) fn once(body: B) -> Self {
-        Self::of(Kind::Through { body })
+        Self::of(ReplayKind::PassThrough { body })
     }
 }
 
 impl<B> ReplayBody<B> {
-    fn of(kind: Kind<B>) -> Self {
+    fn of(kind: ReplayKind<B>) -> Self {
         Self { kind, progress: ProgressReporter::UNREPORTED }
     }
 
@@ -179,17 +178,17 @@ impl<B> ReplayBody<B> {
     }
 }
 
-impl<B> Tape<B> {
+impl<B> ReplayHandle<B> {
     pub(crate) fn is_empty(&self) -> bool {
         matches!(self, Self::Empty)
     }
 
-    pub(crate) fn repeatable(&self) -> BodyReplay {
+    pub(crate) fn body_replay(&self) -> BodyReplay {
         match self {
             Self::Empty => BodyReplay::Yes,
-            Self::Taped(reel) => {
-                let reel = lock(reel);
-                match (reel.torn, reel.in_use) {
+            Self::Replayable(state) => {
+                let state = lock(state);
+                match (state.is_truncated, state.is_reading) {
                     (true, _) => BodyReplay::No,
                     (false, true) => BodyReplay::Streaming,
                     (false, false) => BodyReplay::Yes,
@@ -200,31 +199,33 @@ impl<B> Tape<B> {
 
     /// Cuts off the current reader. Returns `false` if the body cannot be replayed.
     ///
-    /// The transport may still poll the body of an attempt that has ended. Without the claim, it could read beyond the
-    /// cap during the delay before the next attempt, and the body could no longer be replayed.
-    pub(crate) fn claim(&self) -> bool {
-        let Self::Taped(reel) = self else { return true };
-        let mut reel = lock(reel);
-        reel.turn = reel.turn.wrapping_add(1);
-        reel.in_use = false;
-        !reel.torn
+    /// The transport may still poll the body of an attempt that has ended. Without the take-over, it could read beyond
+    /// the cap during the delay before the next attempt, and the body could no longer be replayed.
+    pub(crate) fn take_over(&self) -> bool {
+        let Self::Replayable(state) = self else { return true };
+        let mut state = lock(state);
+        state.reader = state.reader.wrapping_add(1);
+        state.is_reading = false;
+        !state.is_truncated
     }
 
-    /// Returns the body of the next attempt, and cuts off the current reader. The body must be
-    /// [`repeatable`](Self::repeatable), or its reader must belong to an attempt that has ended.
+    /// Returns the body of the next attempt, and cuts off the current reader. [`body_replay`](Self::body_replay)
+    /// must return `Yes`, or the reader must belong to an attempt that has ended.
     pub(crate) fn replay(&self) -> ReplayBody<B> {
         let kind = match self {
-            Self::Empty => Kind::Empty,
-            Self::Taped(reel) => {
-                let turn = {
-                    let mut reel = lock(reel);
-                    reel.sent.rewind();
-                    reel.in_use = true;
-                    reel.turn = reel.turn.wrapping_add(1);
-                    reel.turn
+            Self::Empty => ReplayKind::Empty,
+            Self::Replayable(state) => {
+                let number = {
+                    let mut state = lock(state);
+                    state.saved.reset();
+                    state.is_reading = true;
+                    state.reader = state.reader.wrapping_add(1);
+                    state.reader
                 };
-                let reel = reel.clone();
-                Kind::Taped { reader: Reader { reel, next: 0, turn, done: false, is_fresh: false } }
+                let state = state.clone();
+                ReplayKind::Replayable {
+                    reader: ReplayReader { state, next: 0, number, done: false, is_fresh: false },
+                }
             }
         };
         ReplayBody::of(kind)
@@ -233,55 +234,55 @@ impl<B> Tape<B> {
 
 // ===== Reading =====
 
-impl<B> Drop for Reader<B> {
+impl<B> Drop for ReplayReader<B> {
     fn drop(&mut self) {
         if !self.done {
-            let mut reel = lock(&self.reel);
-            reel.in_use &= reel.turn != self.turn;
+            let mut state = lock(&self.state);
+            state.is_reading &= state.reader != self.number;
         }
     }
 }
 
-impl<B: Body> Reader<B> {
+impl<B: Body> ReplayReader<B> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         if self.done {
             return Poll::Ready(None);
         }
         self.is_fresh = false;
-        let mut reel = lock(&self.reel);
-        if reel.turn != self.turn {
+        let mut state = lock(&self.state);
+        if state.reader != self.number {
             // The reader is cut off. An end would make half a body look complete, and there is no error of the body to
             // return.
             return Poll::Pending;
         }
-        if let Some(data) = reel.sent.get(self.next) {
+        if let Some(data) = state.saved.get(self.next) {
             let data = data.clone();
             self.next += 1;
-            self.done = reel.is_over(self.next);
+            self.done = state.is_over(self.next);
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
-        let body = match mem::replace(&mut reel.rest, Rest::Polled(None)) {
-            Rest::Unread(body) => body,
-            Rest::Ended => {
+        let body = match mem::replace(&mut state.rest, UnreadBody::Polled(None)) {
+            UnreadBody::Unread(body) => body,
+            UnreadBody::Ended => {
                 // All data has been sent. Only the trailers remain.
-                reel.rest = Rest::Ended;
-                self.done = reel.end();
+                state.rest = UnreadBody::Ended;
+                self.done = state.end();
                 return Poll::Ready(
-                    reel.trailers.clone().map(|trailers| Ok(Frame::trailers(*trailers))),
+                    state.trailers.clone().map(|trailers| Ok(Frame::trailers(*trailers))),
                 );
             }
-            Rest::Failed => {
-                reel.rest = Rest::Failed;
+            UnreadBody::Failed => {
+                state.rest = UnreadBody::Failed;
                 return Poll::Pending;
             }
-            polled @ Rest::Polled(_) => {
-                reel.rest = polled;
-                drop(reel);
+            polled @ UnreadBody::Polled(_) => {
+                state.rest = polled;
+                drop(state);
                 return self.wait_for_body(cx);
             }
         };
-        drop(reel);
-        let mut polled = PolledBody { reel: &self.reel, turn: self.turn, body: Some(body) };
+        drop(state);
+        let mut polled = PolledBody { state: &self.state, number: self.number, body: Some(body) };
         let next = polled.poll_frame(cx);
         let Poll::Ready(next) = next else {
             polled.put_back(false, |_, _| ());
@@ -291,10 +292,10 @@ impl<B: Body> Reader<B> {
             Some(Ok(frame)) => frame,
             ended => {
                 let error = ended.and_then(Result::err);
-                let is_cut_off = polled.put_back(true, |reel, is_cut_off| {
-                    reel.torn |= error.is_some();
+                let is_cut_off = polled.put_back(true, |state, is_cut_off| {
+                    state.is_truncated |= error.is_some();
                     if is_cut_off && error.is_some() {
-                        reel.rest = Rest::Failed;
+                        state.rest = UnreadBody::Failed;
                     }
                     is_cut_off
                 });
@@ -306,12 +307,13 @@ impl<B: Body> Reader<B> {
         let (is_cut_off, frame) = match frame.into_data() {
             Ok(mut data) => {
                 let data = data.copy_to_bytes(data.remaining());
-                let (is_last, rest_hint) = polled.look();
-                let (is_cut_off, next, forgotten) = polled.put_back(is_last, |reel, is_cut_off| {
-                    reel.rest_hint = rest_hint;
-                    let forgotten = reel.keep(&data, is_cut_off);
-                    (is_cut_off, reel.sent.len(), forgotten)
-                });
+                let (is_last, rest_hint) = polled.end_and_hint();
+                let (is_cut_off, next, forgotten) =
+                    polled.put_back(is_last, |state, is_cut_off| {
+                        state.rest_hint = rest_hint;
+                        let forgotten = state.save(&data, is_cut_off);
+                        (is_cut_off, state.saved.len(), forgotten)
+                    });
                 drop(forgotten);
                 self.next = next;
                 // Read here, because one more poll would need the lock again.
@@ -321,9 +323,9 @@ impl<B: Body> Reader<B> {
             Err(frame) => match frame.into_trailers() {
                 Ok(trailers) => {
                     let copy = Box::new(trailers.clone());
-                    let is_cut_off = polled.put_back(true, |reel, is_cut_off| {
-                        if !reel.torn {
-                            reel.trailers = Some(copy);
+                    let is_cut_off = polled.put_back(true, |state, is_cut_off| {
+                        if !state.is_truncated {
+                            state.trailers = Some(copy);
                         }
                         is_cut_off
                     });
@@ -332,7 +334,7 @@ impl<B: Body> Reader<B> {
                 }
                 Err(_) => {
                     // Skip a frame of a kind that is unknown today. It is not saved, so the body cannot be replayed.
-                    polled.put_back(false, |reel, _| reel.torn = true);
+                    polled.put_back(false, |state, _| state.is_truncated = true);
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
@@ -346,13 +348,13 @@ impl<B: Body> Reader<B> {
     #[cold]
     fn wait_for_body(&self, cx: &Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let waker = cx.waker().clone();
-        let mut reel = lock(&self.reel);
-        let before = match &mut reel.rest {
-            Rest::Polled(waiting) => waiting.replace(waker),
+        let mut state = lock(&self.state);
+        let before = match &mut state.rest {
+            UnreadBody::Polled(waiting) => waiting.replace(waker),
             _ => Some(waker),
         };
-        let is_back = !matches!(reel.rest, Rest::Polled(_));
-        drop(reel);
+        let is_back = !matches!(state.rest, UnreadBody::Polled(_));
+        drop(state);
         drop(before);
         if is_back {
             cx.waker().wake_by_ref();
@@ -367,26 +369,26 @@ impl<B: Body> Reader<B> {
         if self.is_fresh {
             return false;
         }
-        let reel = lock(&self.reel);
-        reel.turn == self.turn
-            && self.next >= reel.sent.len()
-            && reel.trailers.is_none()
-            && reel.has_ended()
+        let state = lock(&self.state);
+        state.reader == self.number
+            && self.next >= state.saved.len()
+            && state.trailers.is_none()
+            && state.has_ended()
     }
 
     fn size_hint(&self) -> SizeHint {
         if self.done {
             return SizeHint::with_exact(0);
         }
-        let reel = lock(&self.reel);
-        let kept = reel.sent.bytes_from(self.next);
-        let rest = if reel.has_ended() { SizeHint::with_exact(0) } else { reel.rest_hint };
+        let state = lock(&self.state);
+        let saved = state.saved.bytes_from(self.next);
+        let rest = if state.has_ended() { SizeHint::with_exact(0) } else { state.rest_hint };
         let mut hint = SizeHint::new();
         // Set the upper bound first, because `set_lower` panics above it.
         if let Some(upper) = rest.upper() {
-            hint.set_upper(upper.saturating_add(kept));
+            hint.set_upper(upper.saturating_add(saved));
         }
-        hint.set_lower(rest.lower().saturating_add(kept));
+        hint.set_lower(rest.lower().saturating_add(saved));
         hint
     }
 }
@@ -396,9 +398,9 @@ type PolledFrame<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::
 /// A body that a reader polls without the lock. Dropping it puts the body back, also while a panic of the body unwinds.
 /// The body then cannot be replayed.
 struct PolledBody<'a, B> {
-    reel: &'a Mutex<Reel<B>>,
+    state: &'a Mutex<ReplayState<B>>,
     /// The number of the reader.
-    turn: u32,
+    number: u32,
     body: Option<Pin<Box<B>>>,
 }
 
@@ -411,7 +413,7 @@ impl<B: Body> PolledBody<'_, B> {
     }
 
     /// Returns whether the body has ended, and the size hint of the rest.
-    fn look(&self) -> (bool, SizeHint) {
+    fn end_and_hint(&self) -> (bool, SizeHint) {
         self.body.as_ref().map_or((true, SizeHint::with_exact(0)), |body| {
             (body.is_end_stream(), body.size_hint())
         })
@@ -422,26 +424,34 @@ impl<B> PolledBody<'_, B> {
     /// Puts the body back, or drops it if it has ended. `update` runs under the lock. Its argument states whether the
     /// reader was cut off during the poll. The body is dropped and a waiting reader is woken after the lock is
     /// released.
-    fn put_back<T>(mut self, is_over: bool, update: impl FnOnce(&mut Reel<B>, bool) -> T) -> T {
+    fn put_back<T>(
+        mut self,
+        is_over: bool,
+        update: impl FnOnce(&mut ReplayState<B>, bool) -> T,
+    ) -> T {
         self.return_body(is_over, update)
     }
 
-    fn return_body<T>(&mut self, is_over: bool, update: impl FnOnce(&mut Reel<B>, bool) -> T) -> T {
+    fn return_body<T>(
+        &mut self,
+        is_over: bool,
+        update: impl FnOnce(&mut ReplayState<B>, bool) -> T,
+    ) -> T {
         let mut body = self.body.take();
-        let mut reel = lock(self.reel);
+        let mut state = lock(self.state);
         let rest = match body.take_if(|_| !is_over) {
-            Some(body) => Rest::Unread(body),
-            None => Rest::Ended,
+            Some(body) => UnreadBody::Unread(body),
+            None => UnreadBody::Ended,
         };
-        let before = mem::replace(&mut reel.rest, rest);
-        let is_cut_off = reel.turn != self.turn;
+        let before = mem::replace(&mut state.rest, rest);
+        let is_cut_off = state.reader != self.number;
         if is_over && !is_cut_off {
-            reel.in_use = false;
+            state.is_reading = false;
         }
-        let updated = update(&mut reel, is_cut_off);
-        drop(reel);
+        let updated = update(&mut state, is_cut_off);
+        drop(state);
         drop(body);
-        if let Rest::Polled(Some(waiting)) = before {
+        if let UnreadBody::Polled(Some(waiting)) = before {
             waiting.wake();
         }
         updated
@@ -451,48 +461,48 @@ impl<B> PolledBody<'_, B> {
 impl<B> Drop for PolledBody<'_, B> {
     fn drop(&mut self) {
         if self.body.is_some() {
-            self.return_body(false, |reel, _| reel.torn = true);
+            self.return_body(false, |state, _| state.is_truncated = true);
         }
     }
 }
 
-impl<B> Reel<B> {
+impl<B> ReplayState<B> {
     /// Saves data that has been read. Returns the saved data if the cap is exceeded, for a drop without the lock.
     ///
     /// With `is_cut_off`, a new reader replaces the reader of this data and must not miss it. The data is therefore
     /// saved also if it exceeds the cap, which can happen for one frame.
-    fn keep(&mut self, data: &Bytes, is_cut_off: bool) -> Option<Sent> {
-        if self.torn {
+    fn save(&mut self, data: &Bytes, is_cut_off: bool) -> Option<SavedData> {
+        if self.is_truncated {
             return None;
         }
         self.size = self.size.saturating_add(data.len() as u64);
         if self.size > self.cap && !is_cut_off {
-            self.torn = true;
-            return Some(mem::take(&mut self.sent));
+            self.is_truncated = true;
+            return Some(mem::take(&mut self.saved));
         }
         if !data.is_empty() {
-            self.sent.push(data.clone());
+            self.saved.push(data.clone());
             if is_cut_off {
                 // Makes the data readable for the new reader, which has already begun: no later replay does it.
-                self.sent.rewind();
+                self.saved.reset();
             }
         }
         None
     }
 
     fn has_ended(&self) -> bool {
-        matches!(self.rest, Rest::Ended)
+        matches!(self.rest, UnreadBody::Ended)
     }
 
     /// Records that the current reader reads no more. Returns `true`.
     fn end(&mut self) -> bool {
-        self.in_use = false;
+        self.is_reading = false;
         true
     }
 
     /// Returns whether a reader that has read `next` pieces has read the whole body. If so, records the end.
     fn is_over(&mut self, next: usize) -> bool {
-        let over = self.has_ended() && self.trailers.is_none() && next >= self.sent.len();
+        let over = self.has_ended() && self.trailers.is_none() && next >= self.saved.len();
         over && self.end()
     }
 }
@@ -507,9 +517,9 @@ impl<B: Body> Body for ReplayBody<B> {
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let mut this = self.project();
         let (polled, is_over) = match this.kind.as_mut().project() {
-            KindProj::Empty => (Poll::Ready(None), true),
-            KindProj::Taped { reader } => (reader.poll(cx), reader.done),
-            KindProj::Through { mut body } => {
+            ReplayKindProj::Empty => (Poll::Ready(None), true),
+            ReplayKindProj::Replayable { reader } => (reader.poll(cx), reader.done),
+            ReplayKindProj::PassThrough { mut body } => {
                 let polled = body.as_mut().poll_frame(cx).map(|next| {
                     next.map(|frame| {
                         frame.map(|frame| {
@@ -526,17 +536,17 @@ impl<B: Body> Body for ReplayBody<B> {
 
     fn is_end_stream(&self) -> bool {
         match &self.kind {
-            Kind::Empty => true,
-            Kind::Through { body } => body.is_end_stream(),
-            Kind::Taped { reader } => reader.is_end_stream(),
+            ReplayKind::Empty => true,
+            ReplayKind::PassThrough { body } => body.is_end_stream(),
+            ReplayKind::Replayable { reader } => reader.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
-            Kind::Empty => SizeHint::with_exact(0),
-            Kind::Through { body } => body.size_hint(),
-            Kind::Taped { reader } => reader.size_hint(),
+            ReplayKind::Empty => SizeHint::with_exact(0),
+            ReplayKind::PassThrough { body } => body.size_hint(),
+            ReplayKind::Replayable { reader } => reader.size_hint(),
         }
     }
 }
@@ -544,23 +554,23 @@ impl<B: Body> Body for ReplayBody<B> {
 impl<B> Default for ReplayBody<B> {
     /// Returns an empty body, for example for a health probe inside of a retry.
     fn default() -> Self {
-        Self::of(Kind::Empty)
+        Self::of(ReplayKind::Empty)
     }
 }
 
 impl<B> fmt::Debug for ReplayBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match &self.kind {
-            Kind::Empty => "ReplayBody(empty)",
-            Kind::Through { .. } => "ReplayBody(through)",
-            Kind::Taped { .. } => "ReplayBody(taped)",
+            ReplayKind::Empty => "ReplayBody(empty)",
+            ReplayKind::PassThrough { .. } => "ReplayBody(pass_through)",
+            ReplayKind::Replayable { .. } => "ReplayBody(replayable)",
         })
     }
 }
 
-impl<B> fmt::Debug for Tape<B> {
+impl<B> fmt::Debug for ReplayHandle<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Tape({:?})", self.repeatable())
+        write!(f, "ReplayHandle({:?})", self.body_replay())
     }
 }
 
@@ -592,9 +602,9 @@ mod tests {
         }
     }
 
-    struct Counts(mpsc::Sender<()>);
+    struct CountWakes(mpsc::Sender<()>);
 
-    impl Wake for Counts {
+    impl Wake for CountWakes {
         fn wake(self: Arc<Self>) {
             let _ = self.0.send(());
         }
@@ -611,18 +621,18 @@ mod tests {
     fn retry_that_begins_while_the_body_is_polled_neither_blocks_nor_misses_a_frame() {
         for cap in [0, 3, 1000] {
             let ((polled, polls), (give, frames)) = (mpsc::channel(), mpsc::channel());
-            let (mut first, tape) = ReplayBody::new(Blocking { polled, frames }, cap);
+            let (mut first, handle) = ReplayBody::new(Blocking { polled, frames }, cap);
             let transport = thread::spawn(move || {
-                assert!(next(&mut first, Waker::noop()).is_pending(), "it was cut off");
+                assert!(next(&mut first, Waker::noop()).is_pending(), "the reader is cut off");
                 assert!(next(&mut first, Waker::noop()).is_pending());
             });
             polls.recv_timeout(Duration::from_secs(30)).expect("polled");
-            assert_eq!(tape.repeatable(), BodyReplay::Streaming);
-            assert!(tape.claim());
-            let mut second = tape.replay();
+            assert_eq!(handle.body_replay(), BodyReplay::Streaming);
+            assert!(handle.take_over());
+            let mut second = handle.replay();
             assert!(!second.is_end_stream() && second.size_hint().exact().is_none());
             let (wake, woken) = mpsc::channel();
-            let waker = Arc::new(Counts(wake)).into();
+            let waker = Arc::new(CountWakes(wake)).into();
             assert!(next(&mut second, &waker).is_pending());
             give.send(Some("first")).expect("polled");
             woken.recv_timeout(Duration::from_secs(30)).expect("woken when the body is back");
@@ -631,7 +641,7 @@ mod tests {
             give.send(None).expect("a body");
             assert_eq!(next(&mut second, &waker), Poll::Ready(Some("second".into())));
             assert_eq!(next(&mut second, &waker), Poll::Ready(None));
-            assert_eq!(tape.repeatable() == BodyReplay::Yes, cap == 1000);
+            assert_eq!(handle.body_replay() == BodyReplay::Yes, cap == 1000);
             transport.join().expect("no panic");
         }
     }
@@ -652,11 +662,11 @@ mod tests {
 
     #[test]
     fn body_that_panics_is_not_replayed() {
-        let (mut body, tape) = ReplayBody::new(Panics, 1000);
+        let (mut body, handle) = ReplayBody::new(Panics, 1000);
         let transport = thread::spawn(move || {
             let _ = Pin::new(&mut body).poll_frame(&mut Context::from_waker(Waker::noop()));
         });
         assert!(transport.join().is_err());
-        assert!(tape.repeatable() == BodyReplay::No && !tape.claim());
+        assert!(handle.body_replay() == BodyReplay::No && !handle.take_over());
     }
 }

@@ -1,34 +1,34 @@
-//! The data of a request body that has been sent.
+//! The saved data of a request body that has been sent.
 
 use bytes::{Bytes, BytesMut};
 
 /// The data of a body, in the order it was sent.
 #[derive(Default)]
-pub(crate) struct Sent {
+pub(crate) struct SavedData {
     first: Option<Bytes>,
     /// `None` for a body of one piece, as most bodies are.
-    more: Option<Box<More>>,
+    more: Option<Box<MorePieces>>,
 }
 
 #[derive(Default)]
-struct More {
+struct MorePieces {
     pieces: Vec<Bytes>,
-    /// The data after the first pieces, copied into one buffer. It becomes a piece at the next rewind.
+    /// The data after the first pieces, copied into one buffer. It becomes a piece at the next reset.
     gathered: BytesMut,
 }
 
 /// The maximum number of pieces that are saved as they are, shared and not copied. Each piece keeps its whole buffer
 /// alive. Without a maximum, a body of many small pieces would hold far more memory than the cap.
-const APART: usize = 32;
+const MAX_SHARED_PIECES: usize = 32;
 
-impl Sent {
+impl SavedData {
     pub(crate) fn push(&mut self, data: Bytes) {
         if self.first.is_none() {
             self.first = Some(data);
             return;
         }
         let more = self.more.get_or_insert_default();
-        if more.pieces.len() + 1 < APART {
+        if more.pieces.len() + 1 < MAX_SHARED_PIECES {
             more.pieces.push(data);
         } else {
             more.gathered.extend_from_slice(&data);
@@ -36,7 +36,7 @@ impl Sent {
     }
 
     /// Turns the gathered data into a piece, so that a new reader can read it.
-    pub(crate) fn rewind(&mut self) {
+    pub(crate) fn reset(&mut self) {
         if let Some(more) = self.more.as_mut().filter(|more| !more.gathered.is_empty()) {
             more.pieces.push(more.gathered.split().freeze());
         }
@@ -65,34 +65,34 @@ impl Sent {
 mod tests {
     use super::*;
 
-    fn read(sent: &Sent) -> Vec<u8> {
-        (0..sent.len()).flat_map(|nth| sent.get(nth).unwrap().to_vec()).collect()
+    fn read(saved: &SavedData) -> Vec<u8> {
+        (0..saved.len()).flat_map(|nth| saved.get(nth).unwrap().to_vec()).collect()
     }
 
     #[test]
-    fn many_pieces_are_kept_in_few() {
-        let mut sent = Sent::default();
+    fn many_small_pieces_are_merged() {
+        let mut saved = SavedData::default();
         let mut whole = Vec::new();
         for round in 0..3 {
             for n in 0..1000_u32 {
                 let data = Bytes::copy_from_slice(&(round * 1000 + n).to_be_bytes());
                 whole.extend_from_slice(&data);
-                sent.push(data);
+                saved.push(data);
             }
-            sent.rewind();
-            assert_eq!(read(&sent), whole);
-            assert_eq!(sent.bytes_from(0), whole.len() as u64);
-            assert!(sent.len() <= APART + 3, "{}", sent.len());
+            saved.reset();
+            assert_eq!(read(&saved), whole);
+            assert_eq!(saved.bytes_from(0), whole.len() as u64);
+            assert!(saved.len() <= MAX_SHARED_PIECES + 3, "{}", saved.len());
         }
     }
 
     #[test]
-    fn a_piece_is_shared_and_not_copied() {
-        let (mut sent, data) = (Sent::default(), Bytes::from(vec![0; 9]));
-        sent.push(data.clone());
-        sent.push(data.clone());
+    fn first_pieces_are_shared_and_not_copied() {
+        let (mut saved, data) = (SavedData::default(), Bytes::from(vec![0; 9]));
+        saved.push(data.clone());
+        saved.push(data.clone());
         for nth in 0..2 {
-            assert_eq!(sent.get(nth).unwrap().as_ptr(), data.as_ptr());
+            assert_eq!(saved.get(nth).unwrap().as_ptr(), data.as_ptr());
         }
     }
 }

@@ -1,0 +1,156 @@
+//! The state that a hedge layer shares between all its services.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::percentile::LatencyPercentile;
+use crate::attempt::{RetryBudget, SafeRequests, SaveRules, lock};
+
+/// The settings and the counts of one hedge layer.
+pub(crate) struct HedgeSettings {
+    delay: HedgeDelay,
+    /// The layer has built a service with this state.
+    in_use: AtomicBool,
+    pub(crate) max_replay_bytes: AtomicU64,
+    pub(crate) assume_idempotent: AtomicBool,
+    pub(crate) max_hedges: AtomicU32,
+    budget: Mutex<Option<RetryBudget>>,
+    pub(crate) sent: AtomicU64,
+    pub(crate) won: AtomicU64,
+    pub(crate) denied: AtomicU64,
+    pub(crate) name: OnceLock<Arc<str>>,
+}
+
+pub(crate) enum HedgeDelay {
+    /// No hedge attempt is sent.
+    #[cfg(feature = "config")]
+    Off,
+    Fixed(Duration),
+    Percentile(Box<LatencyPercentile>),
+}
+
+impl HedgeSettings {
+    pub(crate) fn new(delay: HedgeDelay, budget: Option<RetryBudget>) -> Self {
+        Self {
+            delay,
+            in_use: AtomicBool::new(false),
+            max_replay_bytes: AtomicU64::new(64 * 1024),
+            assume_idempotent: AtomicBool::new(false),
+            max_hedges: AtomicU32::new(1),
+            budget: Mutex::new(budget),
+            sent: AtomicU64::new(0),
+            won: AtomicU64::new(0),
+            denied: AtomicU64::new(0),
+            name: OnceLock::new(),
+        }
+    }
+
+    /// Returns a copy of the settings with counts and a recorded latency of its own. The budget stays shared.
+    pub(crate) fn fork(&self) -> Self {
+        let delay = match &self.delay {
+            #[cfg(feature = "config")]
+            HedgeDelay::Off => HedgeDelay::Off,
+            HedgeDelay::Fixed(delay) => HedgeDelay::Fixed(*delay),
+            HedgeDelay::Percentile(latency) => HedgeDelay::Percentile(Box::new(latency.fork())),
+        };
+        Self {
+            max_replay_bytes: self.max_replay_bytes.load(Ordering::Relaxed).into(),
+            assume_idempotent: self.assume_idempotent.load(Ordering::Relaxed).into(),
+            max_hedges: self.max_hedges().into(),
+            name: self.name.clone(),
+            ..Self::new(delay, self.budget())
+        }
+    }
+
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.in_use.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_in_use(&self) {
+        self.in_use.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_budget(&self, budget: Option<RetryBudget>) {
+        let before = std::mem::replace(&mut *lock(&self.budget), budget);
+        drop(before);
+    }
+
+    /// Returns the current delay. `None` if no hedge attempt is sent.
+    pub(crate) fn delay(&self) -> Option<Duration> {
+        match &self.delay {
+            #[cfg(feature = "config")]
+            HedgeDelay::Off => None,
+            HedgeDelay::Fixed(delay) => Some(*delay),
+            HedgeDelay::Percentile(latency) => latency.delay(),
+        }
+    }
+
+    pub(crate) fn max_hedges(&self) -> u32 {
+        self.max_hedges.load(Ordering::Relaxed)
+    }
+
+    /// Returns whether the layer records the latency of calls.
+    pub(crate) fn records_latency(&self) -> bool {
+        matches!(self.delay, HedgeDelay::Percentile(_))
+    }
+
+    /// Returns whether every request passes unchanged.
+    pub(crate) fn is_off(&self) -> bool {
+        #[cfg(feature = "config")]
+        return matches!(self.delay, HedgeDelay::Off);
+        #[cfg(not(feature = "config"))]
+        false
+    }
+
+    /// Records the latency of a call that has a good response. A call that fails fast is no reason for a shorter delay,
+    /// and is not recorded.
+    pub(crate) fn record_latency(&self, began: Option<Instant>) {
+        if let (HedgeDelay::Percentile(latency), Some(began)) = (&self.delay, began) {
+            latency.record(began);
+        }
+    }
+
+    pub(crate) fn save_rules<'a>(
+        &self,
+        safe_requests: &'a SafeRequests,
+        is_off: bool,
+        marks: bool,
+    ) -> SaveRules<'a> {
+        let max_replay_bytes = self.max_replay_bytes.load(Ordering::Relaxed);
+        SaveRules { max_replay_bytes, safe_requests: Some(safe_requests), is_off, marks }
+    }
+
+    pub(crate) fn safe_requests(&self) -> SafeRequests {
+        if self.assume_idempotent.load(Ordering::Relaxed) {
+            SafeRequests::All
+        } else {
+            SafeRequests::Idempotent
+        }
+    }
+
+    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events use it.
+    pub(crate) fn name(&self) -> &str {
+        self.name.get().map_or("", |name| name)
+    }
+
+    pub(crate) fn budget(&self) -> Option<RetryBudget> {
+        lock(&self.budget).clone()
+    }
+}
+
+impl fmt::Debug for HedgeSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HedgeSettings")
+            .field("delay", &self.delay())
+            .field("budget", &self.budget())
+            .finish_non_exhaustive()
+    }
+}
