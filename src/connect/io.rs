@@ -354,7 +354,7 @@ mod tests {
         let (ack, goaway) = (frame(4, 1, &[]), frame(7, 0, &[0; 8]));
         let all = [&*first, &ack, &data, &other, &later, &data, &goaway, &data].concat();
         for (bytes, changes) in [
-            (&shared, &[max(0x105), max(0x102), PeerChange::GoAway][..]),
+            (&all, &[max(0x105), max(0x102), PeerChange::GoAway][..]),
             (&other, &[max(usize::MAX)]),
             (&frame(4, 0, &[]), &[max(usize::MAX)]),
         ] {
