@@ -128,6 +128,17 @@ impl HttpClient {
     pub fn get_ref(&self) -> &Client {
         &self.client
     }
+
+    /// Returns the client.
+    pub fn get_mut(&mut self) -> &mut Client {
+        &mut self.client
+    }
+
+    /// Returns the client.
+    #[must_use]
+    pub fn into_inner(self) -> Client {
+        self.client
+    }
 }
 
 /// Omits the client: its own `Debug` shows default headers and proxies.
@@ -234,7 +245,7 @@ pin_project! {
 }
 
 pin_project! {
-    #[project = StateProj]
+    #[project = SendStateProj]
     enum SendState {
         Sent { #[pin] pending: <Client as Service<Request>>::Future },
         Unsendable { error: Option<Error> },
@@ -245,8 +256,8 @@ pin_project! {
 impl fmt::Debug for SendFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.state {
-            SendState::Sent { .. } => "ResponseFuture(sent)",
-            SendState::Unsendable { .. } => "ResponseFuture(unsendable)",
+            SendState::Sent { .. } => "SendFuture(sent)",
+            SendState::Unsendable { .. } => "SendFuture(unsendable)",
         })
     }
 }
@@ -256,8 +267,8 @@ impl Future for SendFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            StateProj::Sent { pending } => Poll::Ready(ready!(pending.poll(cx)).map(with_url)),
-            StateProj::Unsendable { error } => match error.take() {
+            SendStateProj::Sent { pending } => Poll::Ready(ready!(pending.poll(cx)).map(with_url)),
+            SendStateProj::Unsendable { error } => match error.take() {
                 Some(error) => Poll::Ready(Err(error)),
                 None => unreachable!("polled after completion"),
             },
