@@ -154,7 +154,7 @@ async fn open_circuit_is_unavailable_and_sends_nothing() {
     let status = soon(client.check(ask(""))).await.unwrap_err();
     assert_eq!((status.code(), status.message()), (Code::Unavailable, "circuit_open"));
     assert!(status.metadata().contains_key("grpc-retry-pushback-ms"));
-    assert_eq!((handle.snapshot().refused, service.calls.load(SeqCst)), (1, 3));
+    assert_eq!((handle.snapshot().rejected, service.calls.load(SeqCst)), (1, 3));
 }
 
 #[tokio::test]

@@ -22,7 +22,7 @@ use axum::{
 };
 use buttress::{
     Attempts, Deadline, Rejected, config::ClientConfig, outcome::RejectedKind, retry::GiveUpReason,
-    stack::Client,
+    stack::StackClient,
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
@@ -120,7 +120,7 @@ impl Upstream {
     }
 }
 
-fn client(preset: &str, settings: &str) -> Client<Body> {
+fn client(preset: &str, settings: &str) -> StackClient<Body> {
     let file = format!("preset = '{preset}'\n{settings}");
     buttress::client(&ClientConfig::load("search").toml(&file).finish().unwrap()).unwrap()
 }
@@ -147,7 +147,7 @@ async fn for_each_preset<F: Future<Output = ()>>(scenario: impl Fn(&'static str)
 
 /// The error of a rejected call, and the shortest of 20 durations: the machine may be busy.
 async fn rejected(
-    client: &Client<Body>,
+    client: &StackClient<Body>,
     request: impl Fn() -> Request<Body>,
 ) -> (Attempts, Rejected) {
     let mut shortest = Duration::MAX;

@@ -19,7 +19,7 @@ use buttress::{
     config::{ClientConfig, ServerConfig},
     health::ProbeState,
     outcome::{Reason, RejectedKind},
-    stack::{Client, UpstreamHealth},
+    stack::{StackClient, UpstreamHealth},
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
@@ -63,7 +63,7 @@ fn to(at: SocketAddr) -> Request<Body> {
     Request::get(format!("http://{at}/")).body(Body::default()).unwrap()
 }
 
-fn client(at: SocketAddr, more: &str) -> Client<Body> {
+fn client(at: SocketAddr, more: &str) -> StackClient<Body> {
     let settings = format!(
         "check_health_uri = 'http://{at}/healthz'\nretry_backoff = '1ms'\nbreaker_open_for = '100ms'\n{more}"
     );
@@ -139,7 +139,7 @@ async fn config_makes_a_client_that_calls_nobody_while_its_probe_says_that_it_is
     assert_eq!((refused.kind(), refused.name()), (RejectedKind::Unhealthy, Some("search")));
     let seen = handle.snapshot();
     assert_eq!((seen.probe, seen.healthy), (Some(ProbeState::Down), false));
-    assert_eq!((seen.refused, calls.load(SeqCst)), (1, 1), "no call reached the upstream");
+    assert_eq!((seen.rejected, calls.load(SeqCst)), (1, 1), "no call reached the upstream");
     assert_eq!(seen.breaker_opened, 0);
 
     well.store(200, SeqCst);
@@ -333,12 +333,15 @@ async fn config_of_a_deadline_passes_it_on_through_three_services_of_whole_stack
 
 // ===== The error =====
 
-async fn request_with_anyhow(client: Client<Body>, at: SocketAddr) -> anyhow::Result<StatusCode> {
+async fn request_with_anyhow(
+    client: StackClient<Body>,
+    at: SocketAddr,
+) -> anyhow::Result<StatusCode> {
     Ok(client.request(to(at)).await?.status())
 }
 
 async fn request_with_a_box(
-    client: Client<Body>,
+    client: StackClient<Body>,
     at: SocketAddr,
 ) -> Result<StatusCode, Box<dyn std::error::Error>> {
     Ok(client.oneshot(to(at)).await?.status())
@@ -432,8 +435,8 @@ async fn error_of_a_response_body_converts_and_states_what_failed() {
         }),
     );
     let at = serve(app).await;
-    let client = client(at, "timeout_idle = '50ms'");
-    async fn read(client: Client<Body>, at: SocketAddr) -> anyhow::Result<Bytes> {
+    let client = client(at, "timeout_response_idle = '50ms'");
+    async fn read(client: StackClient<Body>, at: SocketAddr) -> anyhow::Result<Bytes> {
         Ok(client.request(to(at)).await?.into_body().collect().await?.to_bytes())
     }
     let error = net::soon(read(client, at)).await.unwrap_err();
@@ -497,7 +500,7 @@ async fn client_opens_another_connection_for_a_stream_and_names_the_wait_beyond_
     let connections = handle.connections().unwrap().snapshot();
     assert_eq!((connections.open, connections.waits_for_stream > 0), (8, true), "{connections:?}");
     assert_eq!(
-        (handle.snapshot().breaker, handle.snapshot().refused),
+        (handle.snapshot().breaker, handle.snapshot().rejected),
         (Some(CircuitState::Closed), 12)
     );
     stage.open();

@@ -1,4 +1,4 @@
-//! The names of environment variables that other HTTP clients use.
+//! Names that are no keys of settings: those of other HTTP clients, and keys of earlier versions.
 
 /// A name that is not the key of a setting.
 #[derive(Debug)]
@@ -64,4 +64,34 @@ const RENAMED: &[(&str, &str)] = &[
 /// Returns the key that replaces this key of an earlier version.
 pub(super) fn renamed(key: &str) -> Option<&'static str> {
     RENAMED.iter().find(|(old, _)| *old == key).map(|(_, new)| *new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{RENAMED, renamed};
+    use crate::config::{ClientConfig, ConfigErrors};
+
+    fn error(loaded: Result<ClientConfig, ConfigErrors>) -> String {
+        loaded.expect_err("not a key").to_string()
+    }
+
+    #[test]
+    fn key_of_an_earlier_version_is_an_error_that_names_the_new_key() {
+        for (old, new) in RENAMED {
+            assert_eq!(ClientConfig::default().source(old), None, "{old}");
+            assert!(ClientConfig::default().source(new).is_some(), "{new}");
+            assert_eq!(renamed(new), None, "{new}");
+
+            let remedy = format!("unknown setting `{old}`: use `{new}` (file TOML)");
+            assert_eq!(error(ClientConfig::from_toml(&format!("{old} = 1"))), remedy);
+            let (table, key) = old.split_once('_').expect("a prefix");
+            assert_eq!(error(ClientConfig::from_toml(&format!("[{table}]\n{key} = 1"))), remedy);
+            let json = error(ClientConfig::from_json(&format!("{{\"{old}\": 1}}")));
+            assert_eq!(json, format!("unknown setting `{old}`: use `{new}` (file JSON)"));
+
+            let name = format!("SEARCH_HTTP_CLIENT_{}", old.to_ascii_uppercase());
+            let env = ClientConfig::load("search").env_from([(&name, "1")]).finish();
+            assert_eq!(error(env), format!("unknown setting `{old}`: use `{new}` (env {name})"));
+        }
+    }
 }

@@ -5,63 +5,85 @@ use std::{fmt::Display, time::Duration};
 use super::{
     group::Group,
     layers::{BreakerConfig, CallsConfig, DeadlineConfig, LimitConfig, TimeoutConfig},
-    load::Source,
+    load::{ConfigErrors, Source},
     stack::{ClientConfig, ServerConfig},
 };
 use crate::{error::ConfigError, redact};
 
-/// A check of a configuration, which returns the errors that it finds.
-pub(super) type Rule<C> = fn(&C) -> Vec<ConfigError>;
+impl ClientConfig {
+    /// Checks each setting, and the settings against each other.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error for each invalid setting and for each conflict between settings, with the remedy.
+    pub fn check(&self) -> Result<(), ConfigErrors> {
+        ConfigErrors::none_of(CLIENT.iter().flat_map(|rule| rule(self)).collect())
+    }
+}
 
-pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
+impl ServerConfig {
+    /// Checks each setting, and the settings against each other.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error for each invalid setting and for each conflict between settings, with the remedy.
+    pub fn check(&self) -> Result<(), ConfigErrors> {
+        ConfigErrors::none_of(SERVER.iter().flat_map(|rule| rule(self)).collect())
+    }
+}
+
+/// A check of a configuration, which returns the errors that it finds.
+type ConfigRule<C> = fn(&C) -> Vec<ConfigError>;
+
+const CLIENT: &[ConfigRule<ClientConfig>] = &[
     |c| {
         let layers = [
-            keyed(&c.deadline, c.deadline.layer().err()),
-            keyed(&c.retry, c.retry.layer().err()),
-            keyed(&c.hedge, c.hedge.layer().err()),
-            keyed(&c.breaker, c.breaker.layer().err()),
-            keyed(&c.limit, c.limit.layer().err()),
-            keyed(&c.timeout, c.timeout.layer().err()),
-            keyed(&c.health_probe, c.health_probe.layer::<()>().err()),
+            with_key(&c.deadline, c.deadline.layer().err()),
+            with_key(&c.retry, c.retry.layer().err()),
+            with_key(&c.hedge, c.hedge.layer().err()),
+            with_key(&c.breaker, c.breaker.layer().err()),
+            with_key(&c.limit, c.limit.layer().err()),
+            with_key(&c.timeout, c.timeout.layer().err()),
+            with_key(&c.health_probe, c.health_probe.layer::<()>().err()),
         ];
         layers.into_iter().flatten().collect()
     },
-    |c| attempts_beyond_the_deadline(c).into_iter().collect(),
-    |c| attempts_beyond_the_threshold(c),
-    |c| attempt_within_connecting(c).into_iter().collect(),
-    |c| count_cancelled_beyond_the_attempt(c).into_iter().collect(),
-    |c| hedge_beyond_the_attempt(c).into_iter().collect(),
-    |c| max_hedges_without_a_delay(c).into_iter().collect(),
-    |c| nothing_left(&c.deadline),
-    |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
-    |c| connection_wait_beyond_the_deadline(c).into_iter().collect(),
-    |c| idle_beyond_the_peers(c).into_iter().collect(),
-    |c| budget_that_never_pays(c).into_iter().collect(),
-    |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
-    |c| response_total_beyond_the_total(&c.timeout).into_iter().collect(),
-    |c| settings_of_no_body_rate(&c.timeout),
-    |c| connections_of_none(c),
-    health_of_nowhere,
+    |c| attempts_exceed_deadline(c).into_iter().collect(),
+    |c| attempts_exceed_breaker_threshold(c),
+    |c| attempt_shorter_than_connect(c).into_iter().collect(),
+    |c| count_cancelled_after_exceeds_attempt(c).into_iter().collect(),
+    |c| hedge_after_exceeds_attempt(c).into_iter().collect(),
+    |c| max_hedges_without_delay(c).into_iter().collect(),
+    |c| reserve_exceeds_deadline(&c.deadline),
+    |c| limit_queue_wait_exceeds_deadline(&c.limit, &c.deadline).into_iter().collect(),
+    |c| connect_queue_wait_exceeds_deadline(c).into_iter().collect(),
+    |c| max_idle_exceeds_peer_keep_alive(c).into_iter().collect(),
+    |c| retry_budget_too_small(c).into_iter().collect(),
+    |c| total_timeout_of_streams(&c.calls, &c.timeout, &c.deadline),
+    |c| response_total_exceeds_total(&c.timeout).into_iter().collect(),
+    |c| body_rate_settings_without_rate(&c.timeout),
+    |c| invalid_connect_settings(c),
+    relative_health_uris,
 ];
 
-pub(super) const SERVER: &[Rule<ServerConfig>] = &[
+const SERVER: &[ConfigRule<ServerConfig>] = &[
     |c| {
         let layers = [
-            keyed(&c.deadline, c.deadline.layer().err()),
-            keyed(&c.limit, c.limit.layer().err()),
-            keyed(&c.timeout, c.timeout.layer().err()),
+            with_key(&c.deadline, c.deadline.layer().err()),
+            with_key(&c.limit, c.limit.layer().err()),
+            with_key(&c.timeout, c.timeout.layer().err()),
         ];
         layers.into_iter().flatten().collect()
     },
-    |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
-    |c| nothing_left(&c.deadline),
-    |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
-    |c| response_total_beyond_the_total(&c.timeout).into_iter().collect(),
-    |c| settings_of_no_body_rate(&c.timeout),
+    |c| limit_queue_wait_exceeds_deadline(&c.limit, &c.deadline).into_iter().collect(),
+    |c| reserve_exceeds_deadline(&c.deadline),
+    |c| total_timeout_of_streams(&c.calls, &c.timeout, &c.deadline),
+    |c| response_total_exceeds_total(&c.timeout).into_iter().collect(),
+    |c| body_rate_settings_without_rate(&c.timeout),
 ];
 
 /// Replaces the name of the setter in an error of a layer by the key of the setting.
-fn keyed(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
+fn with_key(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
     let mut error = error?;
     let setter = error.field.strip_prefix("trip.").unwrap_or(error.field).replace('.', "_");
     let name = match &*setter {
@@ -75,7 +97,7 @@ fn keyed(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
         "thresholds_rise" => "rise",
         "thresholds_fall" => "fall",
         "queue_length" => "queue",
-        "queue_longest_wait" => "queue_wait",
+        "queue_longest_wait" | "queue_max_wait" => "queue_wait",
         same => same,
     };
     let row = group.rows().iter().find(|row| row.key.strip_prefix(group.prefix()) == Some(name));
@@ -108,7 +130,7 @@ fn attempt(c: &ClientConfig) -> Option<(Duration, &'static str)> {
 }
 
 /// Rejects attempts whose timeouts exceed the deadline in total.
-fn attempts_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
+fn attempts_exceed_deadline(c: &ClientConfig) -> Option<ConfigError> {
     let ((each, name), deadline) = (attempt(c)?, c.deadline.default?);
     let attempts = c.retry.attempts.max(1);
     let all = each.saturating_mul(attempts);
@@ -130,12 +152,12 @@ fn attempts_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
 
 /// Rejects a `count_cancelled_after` that has no effect, because a timeout ends each attempt first and is a failure
 /// itself. Only a value that the configuration sets is an error; a timeout shorter than the default is not.
-fn count_cancelled_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
+fn count_cancelled_after_exceeds_attempt(c: &ClientConfig) -> Option<ConfigError> {
     const KEY: &str = "breaker_count_cancelled_after";
     let ((max, name), after) = (attempt(c)?, c.breaker.count_cancelled_after?);
-    let is_chosen = !matches!(c.origin(KEY), Some(Source::Default | Source::Preset(_)) | None)
+    let is_chosen = !matches!(c.source(KEY), Some(Source::Default | Source::Preset(_)) | None)
         || c.breaker.count_cancelled_after != BreakerConfig::default().count_cancelled_after
-            && c.origin(KEY) == Some(Source::Default);
+            && c.source(KEY) == Some(Source::Default);
     if !c.breaker.is_on() || after < max || !is_chosen {
         return None;
     }
@@ -148,7 +170,7 @@ fn count_cancelled_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
 
 /// Rejects hedge attempts that are never sent. Hedging is part of an attempt of the retry, and each hedge attempt has
 /// timeouts of its own. No hedge attempt is sent after the first attempt has timed out.
-fn hedge_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
+fn hedge_after_exceeds_attempt(c: &ClientConfig) -> Option<ConfigError> {
     let ((max, name), after) = (attempt(c)?, c.hedge.after?);
     let (hedges, last) = (c.hedge.max_hedges, after.saturating_mul(c.hedge.max_hedges));
     if after < max && last < max {
@@ -174,7 +196,7 @@ fn hedge_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
 }
 
 /// Rejects a number of hedge attempts without a delay.
-fn max_hedges_without_a_delay(c: &ClientConfig) -> Option<ConfigError> {
+fn max_hedges_without_delay(c: &ClientConfig) -> Option<ConfigError> {
     let hedges = c.hedge.max_hedges;
     if hedges <= 1 || c.hedge.is_on() {
         return None;
@@ -184,18 +206,18 @@ fn max_hedges_without_a_delay(c: &ClientConfig) -> Option<ConfigError> {
 }
 
 /// Rejects a number of attempts with which a single call can open the circuit.
-fn attempts_beyond_the_threshold(c: &ClientConfig) -> Vec<ConfigError> {
+fn attempts_exceed_breaker_threshold(c: &ClientConfig) -> Vec<ConfigError> {
     let attempts = c.retry.attempts;
     let share = c.breaker.failure_ratio.map(|_| c.breaker.min_calls);
     let run =
         c.breaker.failures.map(|failures| ("breaker_failures", failures, "failures in a row"));
     let share = share.map(|calls| ("breaker_min_calls", calls, "calls, if all of them fail"));
-    let short = run.into_iter().chain(share).filter(|(_, most, _)| (1..attempts).contains(most));
+    let short = run.into_iter().chain(share).filter(|(_, min, _)| (1..attempts).contains(min));
     short
-        .filter_map(|(key, most, of_what)| {
+        .filter_map(|(key, min, of_what)| {
             let remedy = format!(
-                "one call alone would open the circuit, which takes {most} {of_what} (`{key}`), and its attempts after that \
-                 would be rejected: use at most {most} attempts, or a `{key}` of at least {attempts}",
+                "one call alone would open the circuit, which takes {min} {of_what} (`{key}`), and its attempts after that \
+                 would be rejected: use at most {min} attempts, or a `{key}` of at least {attempts}",
             );
             conflict("retry_attempts", attempts, remedy)
         })
@@ -203,7 +225,7 @@ fn attempts_beyond_the_threshold(c: &ClientConfig) -> Vec<ConfigError> {
 }
 
 /// Rejects a timeout of an attempt that is below the timeout of the connect, which is a part of the attempt.
-fn attempt_within_connecting(c: &ClientConfig) -> Option<ConfigError> {
+fn attempt_shorter_than_connect(c: &ClientConfig) -> Option<ConfigError> {
     let ((each, name), connect) = (attempt(c)?, c.connect.timeout);
     if each >= connect {
         return None;
@@ -218,7 +240,7 @@ fn attempt_within_connecting(c: &ClientConfig) -> Option<ConfigError> {
 }
 
 /// Rejects a reserved time that leaves a call no time before its deadline.
-fn nothing_left(deadline: &DeadlineConfig) -> Vec<ConfigError> {
+fn reserve_exceeds_deadline(deadline: &DeadlineConfig) -> Vec<ConfigError> {
     // The layer rounds times up to whole milliseconds.
     let whole = |time: Duration| time.as_nanos().div_ceil(1_000_000);
     let kept = deadline.reserve.unwrap_or_default();
@@ -239,7 +261,7 @@ fn nothing_left(deadline: &DeadlineConfig) -> Vec<ConfigError> {
 }
 
 /// Rejects a maximum wait for a permit that exceeds the deadline.
-fn queue_beyond_the_deadline(
+fn limit_queue_wait_exceeds_deadline(
     limit: &LimitConfig,
     deadline: &DeadlineConfig,
 ) -> Option<ConfigError> {
@@ -254,7 +276,7 @@ fn queue_beyond_the_deadline(
 
 /// Rejects a maximum wait for a connection that exceeds the deadline, if the application has set it. The deadline ends
 /// the wait of a default or a preset, which has no effect at all for a stack around a client of the application.
-fn connection_wait_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
+fn connect_queue_wait_exceeds_deadline(c: &ClientConfig) -> Option<ConfigError> {
     let (wait, deadline) = (c.connect.queue_wait, c.deadline.default?);
     if c.connect.queue == 0 || wait <= deadline {
         return None;
@@ -269,7 +291,7 @@ fn connection_wait_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> 
 }
 
 /// Rejects a maximum idle time that is not below the keep-alive time of the peer.
-fn idle_beyond_the_peers(c: &ClientConfig) -> Option<ConfigError> {
+fn max_idle_exceeds_peer_keep_alive(c: &ClientConfig) -> Option<ConfigError> {
     let peer = c.connect.peer_keep_alive?;
     let idle = c.connect.max_idle;
     if idle.is_some_and(|idle| idle < peer) {
@@ -285,7 +307,7 @@ fn idle_beyond_the_peers(c: &ClientConfig) -> Option<ConfigError> {
 }
 
 /// Rejects a retry budget that permits fewer than one retry in 10,000 calls.
-fn budget_that_never_pays(c: &ClientConfig) -> Option<ConfigError> {
+fn retry_budget_too_small(c: &ClientConfig) -> Option<ConfigError> {
     // The check of the layer reports an invalid budget.
     let retry = &c.retry;
     let valid = retry.budget_ratio > 0.0 && retry.budget_cap > 0;
@@ -304,7 +326,7 @@ fn budget_that_never_pays(c: &ClientConfig) -> Option<ConfigError> {
 }
 
 /// Rejects a timeout of a whole call if responses are long streams.
-fn total_on_a_stream(
+fn total_timeout_of_streams(
     calls: &CallsConfig,
     timeout: &TimeoutConfig,
     deadline: &DeadlineConfig,
@@ -325,7 +347,7 @@ fn total_on_a_stream(
 }
 
 /// Rejects a timeout of the whole response that the timeout of the whole call always precedes.
-fn response_total_beyond_the_total(timeout: &TimeoutConfig) -> Option<ConfigError> {
+fn response_total_exceeds_total(timeout: &TimeoutConfig) -> Option<ConfigError> {
     let (total, response) = (timeout.total?, timeout.response_total?);
     if response < total {
         return None;
@@ -338,7 +360,7 @@ fn response_total_beyond_the_total(timeout: &TimeoutConfig) -> Option<ConfigErro
 }
 
 /// Rejects settings of the minimum body rate where there is none.
-fn settings_of_no_body_rate(timeout: &TimeoutConfig) -> Vec<ConfigError> {
+fn body_rate_settings_without_rate(timeout: &TimeoutConfig) -> Vec<ConfigError> {
     let default = TimeoutConfig::default();
     let grace = timeout.body_grace != default.body_grace;
     let settings = [
@@ -352,22 +374,23 @@ fn settings_of_no_body_rate(timeout: &TimeoutConfig) -> Vec<ConfigError> {
 }
 
 /// Rejects URIs of health checks that are not absolute.
-fn health_of_nowhere(c: &ClientConfig) -> Vec<ConfigError> {
-    let whole = |uri: &str| http::Uri::try_from(uri).is_ok_and(|uri| uri.authority().is_some());
-    let asked = c.check_health.uri.as_deref().filter(|uri| !whole(uri));
+fn relative_health_uris(c: &ClientConfig) -> Vec<ConfigError> {
+    let is_absolute =
+        |uri: &str| http::Uri::try_from(uri).is_ok_and(|uri| uri.authority().is_some());
+    let check = c.check_health.uri.as_deref().filter(|uri| !is_absolute(uri));
     // The layer reports every other text that is not a URI.
-    let probed = c.health_probe.uri.as_deref().filter(|uri| uri.starts_with('/'));
-    let nowhere = [("check_health_uri", asked), ("health_probe_uri", probed)];
-    let told = nowhere.into_iter().filter_map(|(key, uri)| {
+    let probe = c.health_probe.uri.as_deref().filter(|uri| uri.starts_with('/'));
+    let relative = [("check_health_uri", check), ("health_probe_uri", probe)];
+    let errors = relative.into_iter().filter_map(|(key, uri)| {
         let remedy = "use an absolute URI, such as http://search:8080/healthz";
         conflict(key, redact::value(uri?), remedy.to_owned())
     });
-    told.collect()
+    errors.collect()
 }
 
 /// Rejects invalid settings of the connections. They are checked here, because `ConnectLayer` needs the feature
 /// `connect`.
-fn connections_of_none(c: &ClientConfig) -> Vec<ConfigError> {
+fn invalid_connect_settings(c: &ClientConfig) -> Vec<ConfigError> {
     let connect = &c.connect;
     let numbers =
         [("connect_max_total", connect.max_total), ("connect_max_per_host", connect.max_per_host)];

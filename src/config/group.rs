@@ -4,7 +4,8 @@
 use serde::{Deserialize, Deserializer, de::Error};
 
 use super::{
-    load::near_miss,
+    alias::renamed,
+    misspelt::near_miss,
     value::{Scalar, Tree},
 };
 use crate::{error::ConfigError, redact};
@@ -17,7 +18,7 @@ pub struct Row {
     /// The meaning of the setting, as `explain` prints it.
     pub doc: &'static str,
     /// The form of the value, as errors state it.
-    pub(super) wants: &'static str,
+    pub(super) form: &'static str,
     /// Whether it can change while the stack runs.
     pub live: bool,
 }
@@ -46,8 +47,9 @@ pub(super) fn fill<'de, D: Deserializer<'de>>(
         let rows = group.rows();
         let named = |row: &Row| row.key == key || row.key.strip_prefix(prefix) == Some(&*key);
         let Some(nth) = rows.iter().position(named) else {
-            let nearest = near_miss(&format!("{prefix}{key}"), rows.iter());
-            let remedy = match nearest.map(|near| near.strip_prefix(prefix).unwrap_or(near)) {
+            let full = format!("{prefix}{key}");
+            let known = renamed(&full).or_else(|| near_miss(&full, rows.iter().map(|row| row.key)));
+            let remedy = match known.map(|near| near.strip_prefix(prefix).unwrap_or(near)) {
                 Some(nearest) => format!("use `{nearest}`"),
                 None => "leave it out".to_owned(),
             };
@@ -57,7 +59,7 @@ pub(super) fn fill<'de, D: Deserializer<'de>>(
             return Err(D::Error::custom(error));
         };
         if !group.set(nth, &value) {
-            let remedy = format!("use {}", rows[nth].wants);
+            let remedy = format!("use {}", rows[nth].form);
             let error = ConfigError::new(rows[nth].key, value, remedy);
             return Err(D::Error::custom(error));
         }
@@ -66,7 +68,7 @@ pub(super) fn fill<'de, D: Deserializer<'de>>(
 }
 
 /// Returns the key of every setting, without the prefix, and its value.
-pub(super) fn shown(group: &dyn Group, prefix: &str) -> Vec<(&'static str, Scalar)> {
+pub(super) fn settings(group: &dyn Group, prefix: &str) -> Vec<(&'static str, Scalar)> {
     let rows = group.rows().iter().enumerate();
     rows.map(|(nth, row)| (row.key.strip_prefix(prefix).unwrap_or(row.key), group.get(nth)))
         .collect()
@@ -116,7 +118,7 @@ macro_rules! group {
                 const ROWS: &[Row] = &[$(Row {
                     key: concat!($prefix, stringify!($field)),
                     doc: concat!($($what),+),
-                    wants: <$Type as Setting>::WANTS,
+                    form: <$Type as Setting>::FORM,
                     live: group!(@ $mode),
                 },)*];
                 ROWS
@@ -154,7 +156,7 @@ macro_rules! group {
 
         impl ::serde::Serialize for $Name {
             fn serialize<S: ::serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-                to.collect_map($crate::config::group::shown(self, $prefix))
+                to.collect_map($crate::config::group::settings(self, $prefix))
             }
         }
     };

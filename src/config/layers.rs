@@ -9,16 +9,15 @@ use super::{
     value::{Scalar, Setting},
 };
 #[cfg(feature = "connect")]
-use crate::connect::{self, ClientBuilder, ConnectLayer};
+use crate::connect::{self, ClientBuilder, ConnectHandle, ConnectLayer};
 use crate::{
     attempt::{Backoff, RetryBudget},
     breaker::{CircuitBreakerLayer, OpenDuration, Trip},
-    classify::Http,
     deadline::{DeadlineHandle, DeadlineLayer},
     error::ConfigError,
     health::{Get, HealthProbeLayer},
     hedge::HedgeLayer,
-    limit::ConcurrencyLimitLayer,
+    limit::{ConcurrencyLimitHandle, ConcurrencyLimitLayer},
     retry::{RetryHandle, RetryLayer},
     timeout::{TimeoutLayer, Timeouts},
 };
@@ -451,24 +450,23 @@ impl LimitConfig {
     ///
     /// Returns the error of the first invalid setting.
     pub fn layer(&self) -> Result<ConcurrencyLimitLayer, ConfigError> {
-        self.apply(ConcurrencyLimitLayer::new(self.most())).checked()
+        let layer = ConcurrencyLimitLayer::new(self.max_calls()).checked()?;
+        self.update(&layer.handle())?;
+        Ok(layer)
     }
 
-    pub(crate) fn most(&self) -> usize {
+    fn max_calls(&self) -> usize {
         self.max.unwrap_or(u32::MAX) as usize
     }
 
-    /// Applies the settings that can change while the layer is in use, except the maximum.
-    pub(crate) fn apply<R>(
-        &self,
-        layer: ConcurrencyLimitLayer<Http, R>,
-    ) -> ConcurrencyLimitLayer<Http, R> {
+    /// Applies the settings that can change while the layer is in use.
+    pub(crate) fn update(&self, handle: &ConcurrencyLimitHandle) -> Result<(), ConfigError> {
+        handle.set_limit(self.max_calls())?;
+        handle.set_queue(self.queue as usize, self.queue_wait)?;
         // A disabled limit has no permits that could be released.
-        let max_unread = self.max_unread.filter(|_| self.max.is_some());
-        layer
-            .queue(self.queue as usize, self.queue_wait)
-            .max_unread(max_unread)
-            .exempt_grpc_health(self.exempt_grpc_health)
+        handle.set_max_unread(self.max_unread.filter(|_| self.max.is_some()))?;
+        handle.set_exempt_grpc_health(self.exempt_grpc_health);
+        Ok(())
     }
 }
 
@@ -514,7 +512,9 @@ impl ConnectConfig {
     ///
     /// Returns the error of the first invalid setting.
     pub fn layer(&self) -> Result<ConnectLayer, ConfigError> {
-        self.apply(ConnectLayer::new()).checked()
+        let layer = ConnectLayer::new();
+        self.update(&layer.handle())?;
+        Ok(layer)
     }
 
     /// Returns the builder of a client over the connections of this layer, for the connector of hyper-util or another
@@ -533,16 +533,15 @@ impl ConnectConfig {
     }
 
     /// Applies the settings that can change while the layer is in use.
-    pub(crate) fn apply(&self, layer: ConnectLayer) -> ConnectLayer {
+    pub(crate) fn update(&self, handle: &ConnectHandle) -> Result<(), ConfigError> {
         let cap = |max: Option<u32>| max.map_or(usize::MAX, |max| max as usize);
-        layer
-            .max_total(cap(self.max_total))
-            .max_per_host(cap(self.max_per_host))
-            .queue(self.queue as usize, self.queue_wait)
-            .connect_timeout(self.timeout)
-            .max_age(self.max_age)
-            .max_idle(self.max_idle)
-            .jitter(self.jitter)
+        handle.set_max_total(cap(self.max_total))?;
+        handle.set_max_per_host(cap(self.max_per_host))?;
+        handle.set_queue(self.queue as usize, self.queue_wait)?;
+        handle.set_connect_timeout(self.timeout)?;
+        handle.set_max_age(self.max_age)?;
+        handle.set_max_idle(self.max_idle)?;
+        handle.set_jitter(self.jitter)
     }
 }
 

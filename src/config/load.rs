@@ -9,15 +9,17 @@ use std::{
     path::Path,
 };
 
+pub(super) use self::sealed::Settings;
 use super::{
     alias::{Alias, Target, renamed},
-    group::{Group, Row},
+    group::Group,
+    misspelt::near_miss,
     presets::ConfigPreset,
     value::{Scalar, Tree},
 };
 use crate::{error::ConfigError, redact};
 
-/// The origin of a value.
+/// The source of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Source {
@@ -89,33 +91,42 @@ impl fmt::Debug for ConfigErrors {
 
 impl std::error::Error for ConfigErrors {}
 
-/// The settings of a whole stack, as the loader sets them.
-pub trait Stack: Default {
+/// The settings of a whole stack, which a [`Loader`] loads: [`ClientConfig`](super::stack::ClientConfig) or
+/// [`ServerConfig`](super::stack::ServerConfig). No other crate can implement it.
+pub trait StackConfig: Settings {
     /// `client` or `server`.
     const KIND: &'static str;
     /// The default prefix of the environment variables for every service.
-    const PREFIX: &'static str;
-    /// The names of environment variables that are not keys.
-    const ALIASES: &'static [Alias];
-
-    /// Returns the settings of the layers, outermost first.
-    fn groups(&self) -> Vec<&dyn Group>;
-    fn groups_mut(&mut self) -> Vec<&mut dyn Group>;
-    fn named(&mut self, name: String, preset: Option<ConfigPreset>, origins: Origins);
-    fn presets(preset: ConfigPreset) -> &'static [(&'static str, &'static str)];
-    /// The settings that are off by default where [`STREAMING`] is on.
-    const OFF_FOR_STREAMS: &'static [&'static str];
+    const ENV_PREFIX: &'static str;
 }
 
-/// The loaded values by key, with their origins. If the current value of a setting differs from the value here, the
+mod sealed {
+    use super::{Alias, ConfigPreset, Group, Sources};
+
+    /// The settings as the loader sets them.
+    pub trait Settings: Default {
+        /// The names of environment variables that are not keys.
+        const ALIASES: &'static [Alias];
+        /// The settings that are off by default where [`STREAMING`](super::STREAMING) is on.
+        const OFF_FOR_STREAMS: &'static [&'static str];
+
+        /// Returns the settings of the layers, outermost first.
+        fn groups(&self) -> Vec<&dyn Group>;
+        fn groups_mut(&mut self) -> Vec<&mut dyn Group>;
+        fn set_loaded(&mut self, name: String, preset: Option<ConfigPreset>, sources: Sources);
+        fn presets(preset: ConfigPreset) -> &'static [(&'static str, &'static str)];
+    }
+}
+
+/// The loaded values by key, with their sources. If the current value of a setting differs from the value here, the
 /// application has changed it.
-pub(super) type Origins = BTreeMap<&'static str, (Scalar, Source)>;
+pub(super) type Sources = BTreeMap<&'static str, (Scalar, Source)>;
 
 /// The key of [`CallsConfig`](super::layers::CallsConfig)'s setting.
 const STREAMING: &str = "streaming";
 
 /// Returns the value of a key.
-fn get(config: &impl Stack, key: &str) -> Option<Scalar> {
+fn get(config: &impl StackConfig, key: &str) -> Option<Scalar> {
     config.groups().into_iter().find_map(|group| {
         let nth = group.rows().iter().position(|row| row.key == key)?;
         Some(group.get(nth))
@@ -123,10 +134,10 @@ fn get(config: &impl Stack, key: &str) -> Option<Scalar> {
 }
 
 /// A value that was loaded, before it is applied to the configuration.
-struct Said {
+struct Loaded {
     key: String,
     value: Scalar,
-    origin: Source,
+    source: Source,
 }
 
 /// Loads settings from several sources. A value that is loaded later replaces an earlier one.
@@ -150,7 +161,7 @@ pub struct Loader<C> {
     /// The prefix of environment variables for every service.
     env_prefix: String,
     has_read_env: bool,
-    said: Vec<Said>,
+    loaded: Vec<Loaded>,
     errors: Vec<ConfigError>,
     of: PhantomData<fn() -> C>,
 }
@@ -160,27 +171,27 @@ impl<C> fmt::Debug for Loader<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Loader")
             .field("name", &self.name)
-            .field("settings", &self.said)
+            .field("settings", &self.loaded)
             .field("errors", &self.errors)
             .finish()
     }
 }
 
-impl fmt::Debug for Said {
+impl fmt::Debug for Loaded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown =
-            redact::display(&format_args!("{} ({})", self.key, self.origin), redact::MAX_VALUE);
+            redact::display(&format_args!("{} ({})", self.key, self.source), redact::MAX_VALUE);
         f.write_str(&shown)
     }
 }
 
-impl<C: Stack> Loader<C> {
+impl<C: StackConfig> Loader<C> {
     pub(super) fn new(name: &str) -> Self {
         Self {
             name: name.to_owned(),
-            env_prefix: C::PREFIX.to_owned(),
+            env_prefix: C::ENV_PREFIX.to_owned(),
             has_read_env: false,
-            said: Vec::new(),
+            loaded: Vec::new(),
             errors: Vec::new(),
             of: PhantomData,
         }
@@ -203,7 +214,7 @@ impl<C: Stack> Loader<C> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) => {
-                self.wrong("file", &name, format!("cannot be read: {error}"));
+                self.push_error("file", &name, format!("cannot be read: {error}"));
                 return self;
             }
         };
@@ -222,16 +233,20 @@ impl<C: Stack> Loader<C> {
     fn parsed(mut self, name: &str, tree: Result<Tree, String>) -> Self {
         match tree {
             Ok(tree) => {
-                let (origin, mut keys) = (Source::File(name.to_owned()), BTreeSet::new());
+                let (source, mut keys) = (Source::File(name.to_owned()), BTreeSet::new());
                 for (key, value) in tree.flat() {
                     if !keys.insert(key.clone()) {
                         // Neither form of a key (in a table or not) precedes the other, so two forms are an error.
-                        self.wrong("key", &key, format!("set twice; set it only once ({origin})"));
+                        self.push_error(
+                            "key",
+                            &key,
+                            format!("set twice; set it only once ({source})"),
+                        );
                     }
-                    self.said.push(Said { key, value, origin: origin.clone() });
+                    self.loaded.push(Loaded { key, value, source: source.clone() });
                 }
             }
-            Err(error) => self.wrong("file", name, error),
+            Err(error) => self.push_error("file", name, error),
         }
         self
     }
@@ -272,7 +287,7 @@ impl<C: Stack> Loader<C> {
             None => prefix.clone_into(&mut self.env_prefix),
             Some(remedy) => {
                 let prefix = if prefix.is_empty() { "empty" } else { prefix };
-                self.wrong("env_prefix", prefix, remedy.to_owned());
+                self.push_error("env_prefix", prefix, remedy.to_owned());
             }
         }
         self
@@ -322,7 +337,7 @@ impl<C: Stack> Loader<C> {
             }
             match value.into_string() {
                 Ok(value) => found.push((of_own, alias::<C>(&key).is_none(), name, key, value)),
-                Err(_) => self.wrong("environment", &name, "use UTF-8".to_owned()),
+                Err(_) => self.push_error("environment", &name, "use UTF-8".to_owned()),
             }
         }
         // Variables for every service precede those for one, and aliases precede keys, because a later value replaces
@@ -337,15 +352,15 @@ impl<C: Stack> Loader<C> {
                     (std::slice::from_ref(key), attempts.map_or(Scalar::Text(value), Scalar::Int))
                 }
                 Some(Target::Nothing(_)) | None => {
-                    let origin = Source::Env(name);
-                    self.said.push(Said { key, value: Scalar::Text(value), origin });
+                    let source = Source::Env(name);
+                    self.loaded.push(Loaded { key, value: Scalar::Text(value), source });
                     continue;
                 }
             };
-            self.said.extend(keys.iter().map(|key| Said {
+            self.loaded.extend(keys.iter().map(|key| Loaded {
                 key: (*key).to_owned(),
                 value: value.clone(),
-                origin: Source::Env(name.clone()),
+                source: Source::Env(name.clone()),
             }));
         }
         self
@@ -354,7 +369,7 @@ impl<C: Stack> Loader<C> {
     /// Replaces defaults by those of a preset, unless a source names another preset.
     pub fn preset(mut self, preset: ConfigPreset) -> Self {
         let value = Scalar::Text(preset.as_str().to_owned());
-        self.said.insert(0, Said { key: "preset".to_owned(), value, origin: Source::Code });
+        self.loaded.insert(0, Loaded { key: "preset".to_owned(), value, source: Source::Code });
         self
     }
 
@@ -367,74 +382,78 @@ impl<C: Stack> Loader<C> {
     /// `check`.
     pub fn finish(mut self) -> Result<C, ConfigErrors> {
         let mut config = C::default();
-        let mut origins = Origins::new();
+        let mut sources = Sources::new();
         let mut preset = None;
-        let (presets, said): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.said).into_iter().partition(|said| said.key == "preset");
-        for said in presets {
-            match ConfigPreset::ALL.iter().find(|known| said.value.is_written(known.as_str())) {
+        let (presets, loaded): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.loaded).into_iter().partition(|loaded| loaded.key == "preset");
+        for loaded in presets {
+            match ConfigPreset::ALL.iter().find(|known| loaded.value.is_written(known.as_str())) {
                 Some(known) => preset = Some(*known),
                 None => {
                     let known = ConfigPreset::ALL.map(|preset| preset.as_str()).join(", ");
-                    self.not_of_form("preset", &said, &format!("one of {known}"));
+                    self.not_of_form("preset", &loaded, &format!("one of {known}"));
                 }
             }
         }
         if let Some(preset) = preset {
             for (key, text) in C::presets(preset) {
-                let origin = Source::Preset(preset.as_str());
+                let source = Source::Preset(preset.as_str());
                 let (key, value) = ((*key).to_owned(), Scalar::Text((*text).to_owned()));
-                self.set(&mut config, &mut origins, Said { key, value, origin });
+                self.set(&mut config, &mut sources, Loaded { key, value, source });
             }
         }
-        for said in said {
-            self.set(&mut config, &mut origins, said);
+        for loaded in loaded {
+            self.set(&mut config, &mut sources, loaded);
         }
         let is_streaming = get(&config, STREAMING) == Some(Scalar::Bool(true));
-        let implied = C::OFF_FOR_STREAMS.iter().filter(|key| !origins.contains_key(**key));
+        let implied = C::OFF_FOR_STREAMS.iter().filter(|key| !sources.contains_key(**key));
         for key in implied.filter(|_| is_streaming).collect::<Vec<_>>() {
             let (key, value) = ((*key).to_owned(), Scalar::Bool(false));
-            let origin = Source::Implied(STREAMING);
-            self.set(&mut config, &mut origins, Said { key, value, origin });
+            let source = Source::Implied(STREAMING);
+            self.set(&mut config, &mut sources, Loaded { key, value, source });
         }
         ConfigErrors::none_of(self.errors)?;
-        config.named(self.name, preset, origins);
+        config.set_loaded(self.name, preset, sources);
         Ok(config)
     }
 
-    fn set(&mut self, config: &mut C, origins: &mut Origins, said: Said) {
+    fn set(&mut self, config: &mut C, sources: &mut Sources, loaded: Loaded) {
         for group in config.groups_mut() {
             let rows = group.rows();
-            let Some(nth) = rows.iter().position(|row| row.key == said.key) else { continue };
-            if group.set(nth, &said.value) {
-                origins.insert(rows[nth].key, (group.get(nth), said.origin));
+            let Some(nth) = rows.iter().position(|row| row.key == loaded.key) else { continue };
+            if group.set(nth, &loaded.value) {
+                sources.insert(rows[nth].key, (group.get(nth), loaded.source));
             } else {
-                self.not_of_form(rows[nth].key, &said, rows[nth].wants);
+                self.not_of_form(rows[nth].key, &loaded, rows[nth].form);
             }
             return;
         }
-        const PRESET: &Row = &Row { key: "preset", doc: "", wants: "", live: false };
         let rows = config.groups().into_iter().flat_map(Group::rows);
         let near = || {
-            let key = renamed(&said.key).or_else(|| near_miss(&said.key, rows.chain([PRESET])));
+            let keys = rows.map(|row| row.key).chain(["preset"]);
+            let key = renamed(&loaded.key).or_else(|| near_miss(&loaded.key, keys));
             key.map(|key| format!("use `{key}`"))
         };
-        let remedy = alias::<C>(&said.key).map(|alias| alias.to.remedy()).or_else(near);
+        let remedy = alias::<C>(&loaded.key).map(|alias| alias.to.remedy()).or_else(near);
         let remedy = remedy.as_deref().unwrap_or("leave it out");
-        let remedy = format!("{remedy} ({})", said.origin);
-        self.wrong(ConfigError::UNKNOWN_SETTING, &said.key, remedy);
+        let remedy = format!("{remedy} ({})", loaded.source);
+        self.push_error(ConfigError::UNKNOWN_SETTING, &loaded.key, remedy);
     }
 
-    fn not_of_form(&mut self, key: &'static str, said: &Said, wants: &str) {
-        let origin = &said.origin;
-        if said.value.is_written("") {
-            self.wrong(key, "empty", format!("use {wants}, or leave it out ({origin})"));
+    fn not_of_form(&mut self, key: &'static str, loaded: &Loaded, form: &str) {
+        let source = &loaded.source;
+        if loaded.value.is_written("") {
+            self.push_error(key, "empty", format!("use {form}, or leave it out ({source})"));
         } else {
-            self.errors.push(ConfigError::new(key, &said.value, format!("use {wants} ({origin})")));
+            self.errors.push(ConfigError::new(
+                key,
+                &loaded.value,
+                format!("use {form} ({source})"),
+            ));
         }
     }
 
-    fn wrong(&mut self, field: &'static str, value: &str, remedy: String) {
+    fn push_error(&mut self, field: &'static str, value: &str, remedy: String) {
         self.errors.push(ConfigError::new(field, format_args!("{}", redact::value(value)), remedy));
     }
 }
@@ -471,53 +490,7 @@ fn is_service_link(key: &str, value: &str) -> bool {
     })
 }
 
-// ===== Misspelt keys =====
-
-/// Returns the key that this one is a misspelling of: the nearest key, unless more than a quarter of its letters or
-/// more than [`MAX_MISSPELT`] have to be changed.
-pub(super) fn near_miss<'a>(
-    key: &str,
-    rows: impl Iterator<Item = &'a Row>,
-) -> Option<&'static str> {
-    let known = rows.map(|row| (distance(key, row.key), row.key));
-    let (distance, known) = known.min_by_key(|(distance, _)| *distance)?;
-    (distance <= (known.len() / 4).min(MAX_MISSPELT)).then_some(known)
-}
-
-/// The maximum number of changed letters of a misspelt key.
-const MAX_MISSPELT: usize = 3;
-
 /// Returns the alias of this name.
-fn alias<C: Stack>(name: &str) -> Option<&'static Alias> {
+fn alias<C: StackConfig>(name: &str) -> Option<&'static Alias> {
     C::ALIASES.iter().find(|alias| alias.name == name)
-}
-
-/// Returns the number of letters that have to be changed (Levenshtein distance). Only the first 64 letters of `one` are
-/// used, to bound the work for long keys; every known key is shorter.
-fn distance(one: &str, other: &str) -> usize {
-    let one: Vec<char> = one.chars().take(64).collect();
-    let mut row: Vec<usize> = (0..=one.len()).collect();
-    for (i, b) in other.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, a) in one.iter().enumerate() {
-            let changed = diagonal + usize::from(*a != b);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[one.len()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn config_distance_is_levenshteins() {
-        for (one, other, changes) in
-            [("", "", 0), ("a", "", 1), ("kitten", "sitting", 3), ("flaw", "lawn", 2)]
-        {
-            assert_eq!((distance(one, other), distance(other, one)), (changes, changes));
-        }
-    }
 }

@@ -63,7 +63,7 @@
 //! A preset replaces defaults, and loaded settings replace those of the preset. Of two loaded values, the later one
 //! applies. Among variables, those of one service precede those of every service.
 //!
-//! [`explain`](ClientConfig::explain) prints every key with its value, the origin of the value, and its meaning. For
+//! [`explain`](ClientConfig::explain) prints every key with its value, the source of the value, and its meaning. For
 //! deadlines it states the maximum that a header of a caller can set: `deadline_max`, or else `deadline_default`.
 //!
 //! # Names of other clients
@@ -117,7 +117,7 @@
 //!
 //! # Changes
 //!
-//! The fields are public. If the application sets one, `explain` states this as the origin. The method
+//! The fields are public. If the application sets one, `explain` states this as the source. The method
 //! [`changes`](ClientConfig::changes) returns the settings that differ between two configurations, and whether each can
 //! change while the stack runs. These cannot, and `explain` marks them with a `*`: `deadline_header`, the retry budget,
 //! the settings of hedging and of the health probe, `breaker_window`, `connect_tcp_keepalive` and `connect_http2_…`.
@@ -142,6 +142,7 @@ mod check;
 mod group;
 mod layers;
 mod load;
+mod misspelt;
 mod presets;
 mod stack;
 mod value;
@@ -151,7 +152,7 @@ pub use self::{
         BreakerConfig, CallsConfig, CheckHealthConfig, ConnectConfig, DeadlineConfig,
         HealthProbeConfig, HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
     },
-    load::{ConfigErrors, Loader, Source},
+    load::{ConfigErrors, Loader, Source, StackConfig},
     presets::ConfigPreset,
     stack::{ClientConfig, ServerConfig, SettingChange},
 };

@@ -4,13 +4,12 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
 use super::{
     alias::{self, Alias},
-    check::{self, Rule},
     group::{Group, Row},
     layers::{
         BreakerConfig, CallsConfig, CheckHealthConfig, ConnectConfig, DeadlineConfig,
         HealthProbeConfig, HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
     },
-    load::{ConfigErrors, Loader, Origins, Source, Stack},
+    load::{ConfigErrors, Loader, Settings, Source, Sources, StackConfig},
     presets::ConfigPreset,
     value::{Scalar, Tree},
 };
@@ -29,7 +28,7 @@ pub struct SettingChange {
 macro_rules! stack {
     (
         $(#[$doc:meta])*
-        $Name:ident, $kind:literal, prefix $prefix:literal, presets $presets:ident, rules $rules:path,
+        $Name:ident, $kind:literal, prefix $prefix:literal, presets $presets:ident,
             off_for_streams $off:expr, aliases $aliases:expr;
         $($(#[$what:meta])+ $field:ident: $Type:ty = $default:expr;)*
     ) => {
@@ -41,7 +40,7 @@ macro_rules! stack {
             pub name: String,
             $($(#[$what])+ pub $field: $Type,)*
             preset: Option<ConfigPreset>,
-            origins: Origins,
+            sources: Sources,
         }
 
         impl Default for $Name {
@@ -50,14 +49,17 @@ macro_rules! stack {
                     name: String::new(),
                     $($field: $default,)*
                     preset: None,
-                    origins: Origins::new(),
+                    sources: Sources::new(),
                 }
             }
         }
 
-        impl Stack for $Name {
+        impl StackConfig for $Name {
             const KIND: &'static str = $kind;
-            const PREFIX: &'static str = $prefix;
+            const ENV_PREFIX: &'static str = $prefix;
+        }
+
+        impl Settings for $Name {
             const OFF_FOR_STREAMS: &'static [&'static str] = $off;
             const ALIASES: &'static [Alias] = $aliases;
 
@@ -69,8 +71,8 @@ macro_rules! stack {
                 vec![$(&mut self.$field),*]
             }
 
-            fn named(&mut self, name: String, preset: Option<ConfigPreset>, origins: Origins) {
-                (self.name, self.preset, self.origins) = (name, preset, origins);
+            fn set_loaded(&mut self, name: String, preset: Option<ConfigPreset>, sources: Sources) {
+                (self.name, self.preset, self.sources) = (name, preset, sources);
             }
 
             fn presets(preset: ConfigPreset) -> &'static [(&'static str, &'static str)] {
@@ -117,29 +119,19 @@ macro_rules! stack {
                 Self::load("").preset(preset).finish().unwrap_or_default()
             }
 
-            /// Checks each setting, and the settings against each other.
-            ///
-            /// # Errors
-            ///
-            /// Returns an error for each invalid setting and for each conflict between settings, with the remedy.
-            pub fn check(&self) -> Result<(), ConfigErrors> {
-                let rules: &[Rule<Self>] = $rules;
-                ConfigErrors::none_of(rules.iter().flat_map(|rule| rule(self)).collect())
-            }
-
-            /// Returns a text with every key, its value, the origin of the value and its meaning. The layers are in
+            /// Returns a text with every key, its value, the source of the value and its meaning. The layers are in
             /// their order, outermost first. The settings that cannot change while the stack is in use are marked. The
             /// text contains no [secrets](crate#secrets): userinfo and queries of URIs are `***`.
             #[must_use]
             pub fn explain(&self) -> String {
-                Explained(self, &self.name, self.preset, &self.origins).to_string()
+                Explained(self, &self.name, self.preset, &self.sources).to_string()
             }
 
-            /// Returns the origin of the value of this key. `None` if there is no such setting.
+            /// Returns the source of the value of this key. `None` if there is no such setting.
             #[must_use]
-            pub fn origin(&self, key: &str) -> Option<Source> {
+            pub fn source(&self, key: &str) -> Option<Source> {
                 let (group, nth) = find(self, key)?;
-                Some(origin(&self.origins, &group.rows()[nth], &group.get(nth)))
+                Some(source(&self.sources, &group.rows()[nth], &group.get(nth)))
             }
 
             /// Returns the settings whose values differ in `other`.
@@ -169,7 +161,7 @@ macro_rules! stack {
                             let (default, nth) = find(&defaults, row.key)?;
                             Some(default.get(nth) == value)
                         };
-                        let is_chosen = match origin(&self.origins, row, &value) {
+                        let is_chosen = match source(&self.sources, row, &value) {
                             Source::Preset(_) | Source::Implied(_) => false,
                             Source::Default => is_default() == Some(false),
                             _ => true,
@@ -180,12 +172,12 @@ macro_rules! stack {
                 chosen
             }
 
-            /// Copies the name and the settings of these keys from another configuration, with their origins.
-            pub(crate) fn keep(&mut self, other: &Self, keys: &[&str]) {
+            /// Copies the name and the settings of these keys from another configuration, with their sources.
+            pub(crate) fn copy_from(&mut self, other: &Self, keys: &[&str]) {
                 self.name.clone_from(&other.name);
-                self.origins.retain(|key, _| !keys.contains(key));
-                let kept = other.origins.iter().filter(|(key, _)| keys.contains(key));
-                self.origins.extend(kept.map(|(key, origin)| (*key, origin.clone())));
+                self.sources.retain(|key, _| !keys.contains(key));
+                let kept = other.sources.iter().filter(|(key, _)| keys.contains(key));
+                self.sources.extend(kept.map(|(key, source)| (*key, source.clone())));
                 for (group, from) in self.groups_mut().into_iter().zip(other.groups()) {
                     let rows = group.rows().iter().enumerate();
                     for (nth, _) in rows.filter(|(_, row)| keys.contains(&row.key)) {
@@ -216,7 +208,7 @@ macro_rules! stack {
 
 stack! {
     /// The settings of a whole client stack. See the [module](super).
-    ClientConfig, "client", prefix "HTTP_CLIENT_", presets client, rules check::CLIENT,
+    ClientConfig, "client", prefix "HTTP_CLIENT_", presets client,
         off_for_streams &[], aliases alias::CLIENT;
     /// The deadline of a call.
     deadline: DeadlineConfig = DeadlineConfig::default();
@@ -242,7 +234,7 @@ stack! {
 
 stack! {
     /// The settings of a whole server stack. See the [module](super).
-    ServerConfig, "server", prefix "HTTP_SERVER_", presets server, rules check::SERVER,
+    ServerConfig, "server", prefix "HTTP_SERVER_", presets server,
         off_for_streams &["timeout_min_body_rate", "limit_max_unread"], aliases &[];
     /// The deadline of a call.
     deadline: DeadlineConfig = DeadlineConfig::default();
@@ -254,18 +246,18 @@ stack! {
     calls: CallsConfig = CallsConfig::default();
 }
 
-fn find<'a>(stack: &'a impl Stack, key: &str) -> Option<(&'a dyn Group, usize)> {
+fn find<'a>(stack: &'a impl StackConfig, key: &str) -> Option<(&'a dyn Group, usize)> {
     stack.groups().into_iter().find_map(|group| {
         let nth = group.rows().iter().position(|row| row.key == key)?;
         Some((group, nth))
     })
 }
 
-/// Returns the origin of the value `now` of a setting. It is the loaded origin, unless the application has changed the
+/// Returns the source of the value `now` of a setting. It is the loaded source, unless the application has changed the
 /// value since.
-fn origin(origins: &Origins, row: &Row, now: &Scalar) -> Source {
-    match origins.get(row.key) {
-        Some((then, origin)) if then == now => origin.clone(),
+fn source(sources: &Sources, row: &Row, now: &Scalar) -> Source {
+    match sources.get(row.key) {
+        Some((then, source)) if then == now => source.clone(),
         Some(_) => Source::Code,
         None => Source::Default,
     }
@@ -284,16 +276,15 @@ fn note(group: &dyn Group) -> Option<String> {
         let time = get(key)?;
         Some(format!("a header of a caller sets at most {time} (`{key}`)"))
     });
-    let unbounded =
-        "a header of a caller has no maximum: set `deadline_default` or `deadline_at_most`";
+    let unbounded = "a header of a caller has no maximum: set `deadline_default` or `deadline_max`";
     Some(max.unwrap_or_else(|| unbounded.to_owned()))
 }
 
-struct Explained<'a, C>(&'a C, &'a str, Option<ConfigPreset>, &'a Origins);
+struct Explained<'a, C>(&'a C, &'a str, Option<ConfigPreset>, &'a Sources);
 
-impl<C: Stack> fmt::Display for Explained<'_, C> {
+impl<C: StackConfig> fmt::Display for Explained<'_, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(stack, name, preset, origins) = self;
+        let Self(stack, name, preset, sources) = self;
         write!(f, "{}", C::KIND)?;
         if !name.is_empty() {
             write!(f, " `{name}`")?;
@@ -303,20 +294,20 @@ impl<C: Stack> fmt::Display for Explained<'_, C> {
         }
         writeln!(f, ", outermost first; settings marked * cannot change while the stack runs")?;
         let defaults = C::default();
-        let widest = origins.values().map(|(_, origin)| origin.to_string().len()).max();
-        let wide = widest.unwrap_or_default().max(16);
+        let max_width = sources.values().map(|(_, source)| source.to_string().len()).max();
+        let width = max_width.unwrap_or_default().max(16);
         for (group, default) in stack.groups().into_iter().zip(defaults.groups()) {
             let off = if group.is_on() { "" } else { " (off)" };
             writeln!(f, "\n{}{off}", group.layer())?;
             for (nth, row) in group.rows().iter().enumerate() {
                 let value = group.get(nth);
-                let from = match origin(origins, row, &value) {
+                let from = match source(sources, row, &value) {
                     Source::Default if value != default.get(nth) => Source::Code,
-                    origin => origin,
+                    source => source,
                 };
                 let (value, from) = (value.redacted(), from.to_string());
                 let mark = if row.live { ' ' } else { '*' };
-                writeln!(f, "{mark} {:31} {value:12} {from:wide$} {}", row.key, row.doc.trim())?;
+                writeln!(f, "{mark} {:31} {value:12} {from:width$} {}", row.key, row.doc.trim())?;
             }
             if let Some(note) = note(group) {
                 writeln!(f, "  note: {note}")?;

@@ -71,7 +71,7 @@ impl Serialize for Scalar {
 /// The conversion between the type of a setting and a [`Scalar`].
 pub(super) trait Setting: Sized {
     /// The form of a valid value, as errors state it after "use".
-    const WANTS: &'static str;
+    const FORM: &'static str;
 
     fn read(value: &Scalar) -> Option<Self>;
     fn show(&self) -> Scalar;
@@ -88,7 +88,7 @@ fn is_off(value: &Scalar) -> bool {
 }
 
 impl Setting for Duration {
-    const WANTS: &'static str = "a time such as 250ms, 1m 30s or, in seconds, 2.5";
+    const FORM: &'static str = "a time such as 250ms, 1m 30s or, in seconds, 2.5";
 
     fn read(value: &Scalar) -> Option<Self> {
         match value {
@@ -108,7 +108,7 @@ impl Setting for Duration {
 }
 
 impl<T: Setting> Setting for Option<T> {
-    const WANTS: &'static str = T::WANTS;
+    const FORM: &'static str = T::FORM;
 
     fn read(value: &Scalar) -> Option<Self> {
         if is_off(value) { Some(None) } else { T::read(value).map(Some) }
@@ -120,7 +120,7 @@ impl<T: Setting> Setting for Option<T> {
 }
 
 impl Setting for bool {
-    const WANTS: &'static str = "true or false";
+    const FORM: &'static str = "true or false";
 
     fn read(value: &Scalar) -> Option<Self> {
         match value {
@@ -136,7 +136,7 @@ impl Setting for bool {
 }
 
 impl Setting for f64 {
-    const WANTS: &'static str = "a number such as 0.2";
+    const FORM: &'static str = "a number such as 0.2";
 
     fn read(value: &Scalar) -> Option<Self> {
         let number = match value {
@@ -154,7 +154,7 @@ impl Setting for f64 {
 }
 
 impl Setting for String {
-    const WANTS: &'static str = "a text";
+    const FORM: &'static str = "a text";
 
     fn read(value: &Scalar) -> Option<Self> {
         let is_list = matches!(value, Scalar::List(_));
@@ -168,7 +168,7 @@ impl Setting for String {
 
 /// Reads a list of a file, or a text such as `429, 529`.
 impl Setting for Vec<StatusCode> {
-    const WANTS: &'static str = "HTTP statuses such as 429, 529, or off";
+    const FORM: &'static str = "HTTP statuses such as 429, 529, or off";
 
     fn read(value: &Scalar) -> Option<Self> {
         if is_off(value) || matches!(value, Scalar::List(items) if items.is_empty()) {
@@ -186,7 +186,7 @@ impl Setting for Vec<StatusCode> {
 macro_rules! whole_numbers {
     ($($Type:ty),*) => {$(
         impl Setting for $Type {
-            const WANTS: &'static str = "a whole number, 0 or more";
+            const FORM: &'static str = "a whole number, 0 or more";
 
             fn read(value: &Scalar) -> Option<Self> {
                 match value {
@@ -320,7 +320,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn fuzz_any_time_is_read_or_refused(text in "(-?[0-9.]{0,22}(e[0-9]{1,3})? ?[a-zA-Zµ]{0,7} ?){0,4}|.{0,20}") {
+        fn fuzz_any_time_is_read_or_rejected(text in "(-?[0-9.]{0,22}(e[0-9]{1,3})? ?[a-zA-Zµ]{0,7} ?){0,4}|.{0,20}") {
             if let Some(time) = Duration::read(&Scalar::Text(text)) {
                 prop_assert_eq!(Duration::read(&time.show()), Some(time));
             }

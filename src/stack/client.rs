@@ -1,11 +1,18 @@
-use std::{fmt, future::Future, sync::Arc};
+use std::{
+    fmt,
+    future::Future,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
-use http::Response;
+use http::{Request, Response};
 use tower_layer::Layer;
+use tower_service::Service;
 
 use super::{
-    handle::{HealthCheck, Now, StackSnapshot},
+    handle::{CurrentConfig, HealthCheck, StackSnapshot},
     meter::{Meter, MeterLayer},
+    service::{StackFuture, stack_service},
 };
 use crate::{
     breaker::{CircuitBreaker, CircuitBreakerLayer},
@@ -36,20 +43,26 @@ pub struct ClientStack {
     limit: ConcurrencyLimitLayer,
     forward: PropagateDeadlineLayer,
     timeout: TimeoutLayer,
-    now: Arc<Now<ClientConfig>>,
+    now: Arc<CurrentConfig<ClientConfig>>,
     /// Only set in the stack that [`client`](super::client) makes.
     #[cfg(feature = "connect")]
-    pub(super) connections: Option<crate::connect::ConnectLayer>,
+    pub(super) connections: Option<crate::connect::ConnectHandle>,
     /// Only set in the stack that [`client`](super::client) makes, and if `health_probe_uri` is set.
     pub(super) probe: Option<HealthProbeHandle>,
 }
 
-/// The service of a [`ClientStack`].
-pub type ClientStackService<S> = Meter<
+type ClientLayers<S> = Meter<
     PropagateDeadline<
         Retry<Hedge<CircuitBreaker<ConcurrencyLimit<PropagateDeadline<Timeout<S>>>>>>,
     >,
 >;
+
+stack_service! {
+    /// The service of a [`ClientStack`].
+    ClientStackService of ClientLayers, inner |layers| {
+        layers.get_ref().get_ref().get_ref().get_ref().get_ref().get_ref().get_ref().get_ref()
+    }
+}
 
 impl ClientStack {
     /// Returns the stack of this configuration.
@@ -77,7 +90,7 @@ impl ClientStack {
             limit: config.limit.layer().map_err(one)?,
             forward: forward.propagate_only(),
             timeout: config.timeout.layer().map_err(one)?,
-            now: Arc::new(Now::new(config.clone())),
+            now: Arc::new(CurrentConfig::new(config.clone())),
             #[cfg(feature = "connect")]
             connections: None,
             probe: None,
@@ -105,8 +118,9 @@ impl<S: Clone> Layer<S> for ClientStack {
     fn layer(&self, inner: S) -> Self::Service {
         let attempt = self.forward.layer(self.timeout.layer(inner));
         let guarded = self.breaker.layer(self.limit.layer(attempt));
-        let tried = self.retry.layer(self.hedge.layer(guarded));
-        Meter::new(self.deadline.layer(tried), &self.meter, AsError)
+        let retried = self.retry.layer(self.hedge.layer(guarded));
+        let layers = Meter::new(self.deadline.layer(retried), &self.meter, AsError);
+        ClientStackService { layers }
     }
 }
 
@@ -136,7 +150,7 @@ impl ClientHandle {
             retries: stack.retry.handle().snapshot().retries,
             hedges: stack.hedge.handle().snapshot().sent,
             last_check: stack.now.last_check(),
-            ..StackSnapshot::of(stack.meter.counted(), limit, timeouts)
+            ..StackSnapshot::of(stack.meter.counts(), limit, timeouts)
                 .with_breaker(&breaker)
                 .with_probe(self.probe().map(|probe| probe.state()))
         }
@@ -152,13 +166,13 @@ impl ClientHandle {
         0
     }
 
-    /// Returns the handle of the connections, which reads all their numbers and renews them. `None` unless
-    /// [`client`](super::client) made the stack.
+    /// Returns the handle of the connections, which reads all their numbers, changes their settings and recycles them.
+    /// `None` unless [`client`](super::client) made the stack.
     #[cfg(feature = "connect")]
     #[cfg_attr(docsrs, doc(cfg(feature = "connect")))]
     #[must_use]
     pub fn connections(&self) -> Option<crate::connect::ConnectHandle> {
-        self.stack.connections.as_ref().map(crate::connect::ConnectLayer::handle)
+        self.stack.connections.clone()
     }
 
     /// Returns the handle of the health probe. `None` unless `buttress::client` made the stack and `health_probe_uri`
@@ -206,7 +220,7 @@ impl ClientHandle {
                 .filter(|change| !change.live || stays(change.key))
                 .map(|change| change.key)
                 .collect();
-            next.keep(now, &fixed);
+            next.copy_from(now, &fixed);
             (next, fixed)
         };
         self.stack.now.update(next, |config| self.apply(config))
@@ -218,13 +232,12 @@ impl ClientHandle {
         let one = |error: ConfigError| ConfigErrors(vec![error]);
         next.deadline.update(&stack.deadline.handle()).map_err(one)?;
         stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
-        stack.limit.handle().set_limit(next.limit.most()).map_err(one)?;
-        drop(next.limit.apply(stack.limit.clone()));
+        next.limit.update(&stack.limit.handle()).map_err(one)?;
         next.retry.apply(&stack.retry.handle()).map_err(one)?;
         next.breaker.update(&stack.breaker).map_err(one)?;
         #[cfg(feature = "connect")]
         if let Some(connections) = &stack.connections {
-            drop(next.connect.apply(connections.clone()));
+            next.connect.update(connections).map_err(one)?;
         }
         Ok(())
     }

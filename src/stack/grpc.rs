@@ -22,7 +22,7 @@ use crate::{
     retry::RetryLayer,
 };
 
-type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
+type LayeredChannel<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
 
 /// Returns the recommended client for gRPC with the settings of this configuration: a [`ClientStack`] around a tonic
 /// [`Channel`], or around any other service that accepts the requests of a generated client.
@@ -49,9 +49,10 @@ type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
 ///
 /// # Deadlines
 ///
-/// `deadline_default` applies to calls without a deadline. tonic's `Request::set_timeout` sends `grpc-timeout`, which is a
-/// deadline of the caller: the default is also its maximum, unless `deadline_max` states another one. To give a call,
-/// such as a watch, more time than the default, insert a [`Deadline`](crate::time::Deadline) into the extensions of its request.
+/// `deadline_default` applies to calls without a deadline. tonic's `Request::set_timeout` sends `grpc-timeout`, which
+/// is a deadline of the caller: the default is also its maximum, unless `deadline_max` states another one. To give a
+/// call, such as a watch, more time than the default, insert a [`Deadline`](crate::time::Deadline) into the extensions
+/// of its request.
 ///
 /// # Errors
 ///
@@ -100,7 +101,7 @@ fn without_effect(config: &ClientConfig) -> Vec<ConfigError> {
 /// Dropping a call's future or its response stream ends the attempt in flight.
 #[derive(Clone)]
 pub struct GrpcClient<S = Channel> {
-    service: Inner<S>,
+    service: LayeredChannel<S>,
     handle: ClientHandle,
 }
 
@@ -125,9 +126,9 @@ where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
-    type Response = ClientResponse<<Inner<S> as Service<Request<TonicBody>>>::Response>;
+    type Response = ClientResponse<<LayeredChannel<S> as Service<Request<TonicBody>>>::Response>;
     type Error = ClientError;
-    type Future = ClientFuture<<Inner<S> as Service<Request<TonicBody>>>::Future>;
+    type Future = ClientFuture<<LayeredChannel<S> as Service<Request<TonicBody>>>::Future>;
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ClientError>> {

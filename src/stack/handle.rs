@@ -1,4 +1,5 @@
 use std::{
+    fmt,
     future::Future,
     mem,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -8,7 +9,7 @@ use std::{
 use http::Response;
 use tokio::time::Instant;
 
-use super::meter::Counted;
+use super::meter::MeterCounts;
 use crate::{
     breaker::{CircuitBreakerSnapshot, CircuitState},
     config::ConfigErrors,
@@ -33,7 +34,7 @@ pub struct StackSnapshot {
     /// The number of calls that their caller has cancelled.
     pub cancelled: u64,
     /// The number of calls that a layer has rejected: an open circuit, a limit, or a deadline that had passed.
-    pub refused: u64,
+    pub rejected: u64,
     /// The number of attempts that have timed out, in any phase, or that were ended by a deadline.
     pub timeouts: u64,
     /// The number of responses that released their permit because their client did not read them.
@@ -77,6 +78,7 @@ pub struct HealthCheck {
 
 /// The health of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum UpstreamHealth {
     /// The service responds with a 2xx.
     Healthy,
@@ -86,10 +88,28 @@ pub enum UpstreamHealth {
     Unhealthy,
 }
 
+impl UpstreamHealth {
+    /// Returns the name of the value: `healthy`, `degraded`, `unhealthy`.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Healthy => "healthy",
+            Self::Degraded => "degraded",
+            Self::Unhealthy => "unhealthy",
+        }
+    }
+}
+
+impl fmt::Display for UpstreamHealth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 impl StackSnapshot {
-    pub(super) fn of(counted: Counted, limit: ConcurrencyLimitSnapshot, timeouts: u64) -> Self {
-        let Counted { begun, successes, failures, throttled, cancelled, refused, .. } = counted;
-        let ended = [successes, failures, throttled, cancelled, refused];
+    pub(super) fn of(counts: MeterCounts, limit: ConcurrencyLimitSnapshot, timeouts: u64) -> Self {
+        let MeterCounts { begun, successes, failures, throttled, cancelled, rejected, .. } = counts;
+        let ended = [successes, failures, throttled, cancelled, rejected];
         let in_flight = ended.iter().fold(begun, |left, ended| left.saturating_sub(*ended));
         Self {
             total: begun,
@@ -98,7 +118,7 @@ impl StackSnapshot {
             failures,
             throttled,
             cancelled,
-            refused,
+            rejected,
             timeouts,
             unread: limit.unread,
             retries: 0,
@@ -106,8 +126,8 @@ impl StackSnapshot {
             breaker_opened: 0,
             breaker: None,
             waiting: limit.waiting,
-            average: counted.average,
-            p99: counted.p99,
+            average: counts.average,
+            p99: counts.p99,
             connections: 0,
             probe: None,
             healthy: true,
@@ -128,10 +148,10 @@ impl StackSnapshot {
         self
     }
 
-    /// Returns the health of a service. `answers` states whether the health check succeeded.
-    pub(super) fn status(&self, answers: bool) -> UpstreamHealth {
+    /// Returns the health of a service. `has_passed` states whether the health check succeeded.
+    pub(super) fn status(&self, has_passed: bool) -> UpstreamHealth {
         match self.breaker {
-            _ if !(answers && self.healthy) => UpstreamHealth::Unhealthy,
+            _ if !(has_passed && self.healthy) => UpstreamHealth::Unhealthy,
             Some(CircuitState::HalfOpen) => UpstreamHealth::Degraded,
             _ if self.waiting > 0 => UpstreamHealth::Degraded,
             _ => UpstreamHealth::Healthy,
@@ -142,7 +162,7 @@ impl StackSnapshot {
 // ===== The shared state of a stack =====
 
 /// The configuration in force and the last health check.
-pub(super) struct Now<C> {
+pub(super) struct CurrentConfig<C> {
     config: Mutex<InForce<C>>,
     last_check: Mutex<Option<HealthCheck>>,
 }
@@ -171,7 +191,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl<C> Now<C> {
+impl<C> CurrentConfig<C> {
     pub(super) fn new(config: C) -> Self {
         let config = InForce { config, version: 0, is_applying: false };
         Self { config: Mutex::new(config), last_check: Mutex::new(None) }
@@ -246,11 +266,11 @@ impl<C> Now<C> {
     pub(super) async fn check<B, E>(
         &self,
         probe: impl Future<Output = Result<Response<B>, E>>,
-        look: impl FnOnce() -> StackSnapshot,
+        snapshot: impl FnOnce() -> StackSnapshot,
     ) -> HealthCheck {
         let start = Instant::now();
-        let answers = probe.await.is_ok_and(|response| response.status().is_success());
-        let status = look().status(answers);
+        let has_passed = probe.await.is_ok_and(|response| response.status().is_success());
+        let status = snapshot().status(has_passed);
         let check = HealthCheck { status, took: start.elapsed(), at: SystemTime::now() };
         *lock(&self.last_check) = Some(check);
         check

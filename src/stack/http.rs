@@ -25,16 +25,16 @@ use crate::{
     timeout::SendingBody,
 };
 
-#[cfg(feature = "rustls")]
-type Connector = hyper_rustls::HttpsConnector<connect::TcpConnector>;
 #[cfg(not(feature = "rustls"))]
-type Connector = connect::TcpConnector;
+use crate::connect::TcpConnector as UpstreamConnector;
+#[cfg(feature = "rustls")]
+type UpstreamConnector = hyper_rustls::HttpsConnector<connect::TcpConnector>;
 
-type Connections<B> = connect::Client<Connector, SendingBody<ReplayBody<ReplayBody<B>>>>;
-type Inner<B> = ClientStackService<HealthProbe<Connections<B>>>;
+type Upstream<B> = connect::Client<UpstreamConnector, SendingBody<ReplayBody<ReplayBody<B>>>>;
+type LayeredUpstream<B> = ClientStackService<HealthProbe<Upstream<B>>>;
 
 /// The body type of health probes. An empty string is an empty body.
-type Empty = String;
+type ProbeBody = String;
 
 /// Returns the recommended client with the settings of this configuration: a [`ClientStack`] around a
 /// [`connect::Client`].
@@ -62,7 +62,7 @@ type Empty = String;
 ///
 /// Returns the errors of [`check`](ClientConfig::check). With `rustls`, fails if the certificates of the system cannot
 /// be read.
-pub fn client<B>(config: &ClientConfig) -> Result<Client<B>, ConfigErrors>
+pub fn client<B>(config: &ClientConfig) -> Result<StackClient<B>, ConfigErrors>
 where
     B: Body + Send + Unpin + 'static,
     B::Data: Send,
@@ -74,8 +74,8 @@ where
     if !config.name.is_empty() {
         connections = connections.name(&config.name);
     }
-    stack.connections = Some(connections.clone());
-    let mut probe = config.health_probe.layer::<Empty>().map_err(one)?;
+    stack.connections = Some(connections.handle());
+    let mut probe = config.health_probe.layer::<ProbeBody>().map_err(one)?;
     if !config.name.is_empty() {
         probe = probe.name(&config.name);
     }
@@ -84,17 +84,17 @@ where
         // A probe has a separate connection, because calls that hang could occupy all others.
         let time = config.connect.timeout;
         let own = ConnectLayer::new().max_per_host(1).connect_timeout(time);
-        drop(probe.layer(over::<Empty>(config, own)?));
+        drop(probe.layer(over::<ProbeBody>(config, own)?));
     }
     let inner = probe.gate(over(config, connections)?);
-    Ok(Client { service: stack.layer(inner), handle: stack.handle() })
+    Ok(StackClient { service: stack.layer(inner), handle: stack.handle() })
 }
 
 /// Returns a client over these connections.
 fn over<B>(
     config: &ClientConfig,
     connections: ConnectLayer,
-) -> Result<connect::Client<Connector, B>, ConfigErrors>
+) -> Result<connect::Client<UpstreamConnector, B>, ConfigErrors>
 where
     B: Body + Send + Unpin + 'static,
     B::Data: Send,
@@ -112,12 +112,12 @@ where
 }
 
 /// The recommended client, made by [`client`]. Clones share its connections and its state.
-pub struct Client<B: Body> {
-    service: Inner<B>,
+pub struct StackClient<B: Body> {
+    service: LayeredUpstream<B>,
     handle: ClientHandle,
 }
 
-impl<B: Body> Client<B> {
+impl<B: Body> StackClient<B> {
     /// Returns the handle of the client, which reads its state and changes its settings.
     #[must_use]
     pub fn handle(&self) -> ClientHandle {
@@ -125,7 +125,7 @@ impl<B: Body> Client<B> {
     }
 }
 
-impl<B> Client<B>
+impl<B> StackClient<B>
 where
     B: Body + Send + Unpin + 'static,
     B::Data: Send,
@@ -150,7 +150,7 @@ where
     }
 }
 
-impl<B> Client<B>
+impl<B> StackClient<B>
 where
     B: Body + Default + Send + Unpin + 'static,
     B::Data: Send,
@@ -176,15 +176,15 @@ where
     }
 }
 
-impl<B> Service<Request<B>> for Client<B>
+impl<B> Service<Request<B>> for StackClient<B>
 where
     B: Body + Send + Unpin + 'static,
     B::Data: Send,
     B::Error: Into<BoxError>,
 {
-    type Response = ClientResponse<<Inner<B> as Service<Request<B>>>::Response>;
+    type Response = ClientResponse<<LayeredUpstream<B> as Service<Request<B>>>::Response>;
     type Error = ClientError;
-    type Future = ClientFuture<<Inner<B> as Service<Request<B>>>::Future>;
+    type Future = ClientFuture<<LayeredUpstream<B> as Service<Request<B>>>::Future>;
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ClientError>> {
@@ -197,14 +197,14 @@ where
     }
 }
 
-impl<B: Body> Clone for Client<B> {
+impl<B: Body> Clone for StackClient<B> {
     fn clone(&self) -> Self {
         Self { service: self.service.clone(), handle: self.handle.clone() }
     }
 }
 
-impl<B: Body> fmt::Debug for Client<B> {
+impl<B: Body> fmt::Debug for StackClient<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("handle", &self.handle).finish_non_exhaustive()
+        f.debug_struct("StackClient").field("handle", &self.handle).finish_non_exhaustive()
     }
 }

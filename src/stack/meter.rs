@@ -34,7 +34,7 @@ pub struct MeterLayer {
     /// The number of calls that have ended, by [`OutcomeKind`], without those that a layer has rejected.
     ended: [AtomicU64; 4],
     /// The number of calls that a layer has rejected.
-    refused: AtomicU64,
+    rejected: AtomicU64,
     /// The sum of the latencies in nanoseconds. A latency ends at the response head, or without one at the end of the
     /// call.
     took: AtomicU64,
@@ -44,13 +44,13 @@ pub struct MeterLayer {
 }
 
 /// A snapshot of a [`MeterLayer`].
-pub(super) struct Counted {
+pub(super) struct MeterCounts {
     pub(super) begun: u64,
     pub(super) successes: u64,
     pub(super) failures: u64,
     pub(super) throttled: u64,
     pub(super) cancelled: u64,
-    pub(super) refused: u64,
+    pub(super) rejected: u64,
     pub(super) average: Option<Duration>,
     pub(super) p99: Option<Duration>,
 }
@@ -61,14 +61,14 @@ impl MeterLayer {
             clock: Clock::new(),
             begun: AtomicU64::new(0),
             ended: Default::default(),
-            refused: AtomicU64::new(0),
+            rejected: AtomicU64::new(0),
             took: AtomicU64::new(0),
             timed: AtomicU64::new(0),
             recent: Mutex::new(RecentLatency::default()),
         })
     }
 
-    fn timed(&self, started: Nanos) {
+    fn record_latency(&self, started: Nanos) {
         let now = Instant::now();
         let took = self.clock.at(now).saturating_sub(started);
         self.took.fetch_add(took, Relaxed);
@@ -77,24 +77,24 @@ impl MeterLayer {
         recent.record(Duration::from_nanos(took), now);
     }
 
-    pub(super) fn counted(&self) -> Counted {
+    pub(super) fn counts(&self) -> MeterCounts {
         // The ended calls are read before the begun ones, because each call begins before it ends. In the other order,
         // a call that begins and ends between the two reads would appear as ended only. The loads are `Relaxed`, so
         // this order is not guaranteed; the snapshot therefore subtracts with saturation.
         let [successes, failures, throttled, cancelled] =
             [0, 1, 2, 3].map(|kind: usize| self.ended[kind].load(Relaxed));
-        let refused = self.refused.load(Relaxed);
+        let rejected = self.rejected.load(Relaxed);
         let timed = self.timed.load(Relaxed);
         let average = self.took.load(Relaxed).checked_div(timed).map(Duration::from_nanos);
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         let p99 = recent.percentile(0.99, Instant::now());
-        Counted {
+        MeterCounts {
             begun: self.begun.load(Relaxed),
             successes,
             failures,
             throttled,
             cancelled,
-            refused,
+            rejected,
             average,
             p99,
         }
@@ -105,11 +105,11 @@ impl Release for MeterLayer {
     fn release(&self, token: Token, outcome: Outcome) {
         if (outcome.kind(), outcome.reason()) == (OutcomeKind::Cancelled, Reason::Rejected) {
             // A rejection is not a latency of the upstream, so it is not timed.
-            self.refused.fetch_add(1, Relaxed);
+            self.rejected.fetch_add(1, Relaxed);
             return;
         }
         if token.tag > 0 {
-            self.timed(token.tag - 1);
+            self.record_latency(token.tag - 1);
         }
         self.ended[outcome.kind() as usize].fetch_add(1, Relaxed);
     }
@@ -117,7 +117,7 @@ impl Release for MeterLayer {
     fn record_head(&self, token: &mut Token, so_far: Outcome) {
         let _ = so_far;
         if token.tag > 0 {
-            self.timed(token.tag - 1);
+            self.record_latency(token.tag - 1);
         }
         token.tag = 0;
     }
@@ -166,6 +166,12 @@ impl<S, R: Clone> Meter<S, R> {
     pub(super) fn new(inner: S, meter: &Arc<MeterLayer>, reject: R) -> Self {
         let plan = Plan { policy: meter.clone(), protocol: Http, reject, fault: Fault::default() };
         Self { admission: plan.service(inner) }
+    }
+}
+
+impl<S, R> Meter<S, R> {
+    pub(super) fn get_ref(&self) -> &S {
+        self.admission.inner()
     }
 }
 

@@ -60,6 +60,7 @@ mod handle;
 mod http;
 mod meter;
 pub(crate) mod server;
+mod service;
 
 #[cfg(any(feature = "connect", feature = "tonic"))]
 #[cfg_attr(docsrs, doc(cfg(any(feature = "connect", feature = "tonic"))))]
@@ -69,10 +70,10 @@ pub use self::future::{ClientBody, ClientFuture};
 pub use self::grpc::{GrpcClient, IntoTonicBody, grpc};
 #[cfg(feature = "connect")]
 #[cfg_attr(docsrs, doc(cfg(feature = "connect")))]
-pub use self::http::{Client, client};
+pub use self::http::{StackClient, client};
 pub use self::{
     client::{ClientHandle, ClientStack, ClientStackService},
     handle::{HealthCheck, StackSnapshot, UpstreamHealth},
-    meter::Meter,
     server::{ServerHandle, ServerStack, ServerStackService, server},
+    service::StackFuture,
 };

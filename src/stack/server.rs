@@ -1,10 +1,17 @@
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
+use http::Request;
 use tower_layer::Layer;
+use tower_service::Service;
 
 use super::{
-    handle::{Now, StackSnapshot},
+    handle::{CurrentConfig, StackSnapshot},
     meter::{Meter, MeterLayer},
+    service::{StackFuture, stack_service},
 };
 use crate::{
     classify::Http,
@@ -56,12 +63,16 @@ pub struct ServerStack {
     deadline: PropagateDeadlineLayer,
     limit: ConcurrencyLimitLayer<Http, Respond>,
     timeout: TimeoutLayer<AsIs, Respond>,
-    now: Arc<Now<ServerConfig>>,
+    now: Arc<CurrentConfig<ServerConfig>>,
 }
 
-/// The service of a [`ServerStack`].
-pub type ServerStackService<S> =
+type ServerLayers<S> =
     Meter<PropagateDeadline<ConcurrencyLimit<Timeout<S, AsIs, Respond>, Http, Respond>>, Respond>;
+
+stack_service! {
+    /// The service of a [`ServerStack`].
+    ServerStackService of ServerLayers, inner |layers| layers.get_ref().get_ref().get_ref().get_ref()
+}
 
 /// Returns the stack of this configuration, a layer for an axum router or any other HTTP service.
 ///
@@ -74,8 +85,9 @@ pub fn server(config: &ServerConfig) -> Result<ServerStack, ConfigErrors> {
     let (deadline, mut limit, mut timeout) = (
         config.deadline.layer().map_err(one)?,
         config.limit.layer().map_err(one)?,
-        config.timeout.layer().map_err(one)?.for_server(),
+        TimeoutLayer::server(),
     );
+    timeout.handle().set(config.timeout.timeouts()).map_err(one)?;
     if !config.name.is_empty() {
         limit = limit.name(&config.name);
         timeout = timeout.name(&config.name);
@@ -86,7 +98,7 @@ pub fn server(config: &ServerConfig) -> Result<ServerStack, ConfigErrors> {
         deadline: deadline.propagate_only(),
         limit: limit.respond(),
         timeout: timeout.respond(),
-        now: Arc::new(Now::new(config.clone())),
+        now: Arc::new(CurrentConfig::new(config.clone())),
     })
 }
 
@@ -103,7 +115,8 @@ impl<S: Clone> Layer<S> for ServerStack {
 
     fn layer(&self, inner: S) -> Self::Service {
         let limited = self.limit.layer(self.timeout.layer(inner));
-        Meter::new(self.deadline.layer(limited), &self.meter, Respond)
+        let layers = Meter::new(self.deadline.layer(limited), &self.meter, Respond);
+        ServerStackService { layers }
     }
 }
 
@@ -125,7 +138,7 @@ impl ServerHandle {
     pub fn snapshot(&self) -> StackSnapshot {
         let stack = &self.stack;
         let timeouts = stack.timeout.handle().snapshot().timed_out();
-        StackSnapshot::of(stack.meter.counted(), stack.limit.handle().snapshot(), timeouts)
+        StackSnapshot::of(stack.meter.counts(), stack.limit.handle().snapshot(), timeouts)
     }
 
     /// Returns the configuration in force.
@@ -150,7 +163,7 @@ impl ServerHandle {
             let fixed = now.changes(config).into_iter().filter(|change| !change.live);
             let fixed: Vec<_> = fixed.map(|change| change.key).collect();
             let mut next = config.clone();
-            next.keep(now, &fixed);
+            next.copy_from(now, &fixed);
             (next, fixed)
         };
         self.stack.now.update(next, |config| self.apply(config))
@@ -162,8 +175,7 @@ impl ServerHandle {
         let stack = &self.stack;
         next.deadline.update(&stack.deadline.handle()).map_err(one)?;
         stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
-        stack.limit.handle().set_limit(next.limit.most()).map_err(one)?;
-        drop(next.limit.apply(stack.limit.clone()));
+        next.limit.update(&stack.limit.handle()).map_err(one)?;
         Ok(())
     }
 }

@@ -252,12 +252,6 @@ impl<M, R> TimeoutLayer<M, R> {
         self.fault.take().map_or(Ok(self), Err)
     }
 
-    /// Returns the layer for a server, with the same timeouts.
-    #[cfg(feature = "stack")]
-    pub(crate) fn for_server(self) -> TimeoutLayer<AsIs, R> {
-        self.as_is().by(LayerKind::ServerTimeout)
-    }
-
     /// Sets the layer that rejections name.
     pub(crate) fn by(mut self, by: LayerKind) -> Self {
         self.by = by;

@@ -109,12 +109,12 @@ fn a_deadline_of_which_nothing_is_left() {
     one(
         "deadline_default = '90s'\ndeadline_keep_back = '90s'",
         "deadline_default = '90s'\ndeadline_keep_back = '89s'",
-        "`deadline_keep_back` is 1m 30s: it leaves a call nothing of its 1m 30s (`deadline_default`), so every call would be \
+        "`deadline_reserve` is 1m 30s: it leaves a call nothing of its 1m 30s (`deadline_default`), so every call would be \
          rejected: use less, such as 9s",
     );
-    let server = "deadline_at_most = '1s'\ndeadline_keep_back = '999500us'";
+    let server = "deadline_max = '1s'\ndeadline_keep_back = '999500us'";
     let told = ServerConfig::from_toml(server).unwrap().check().unwrap_err();
-    assert!(told.to_string().contains("(`deadline_at_most`)"), "in whole milliseconds: {told}");
+    assert!(told.to_string().contains("(`deadline_max`)"), "in whole milliseconds: {told}");
 }
 
 #[test]
@@ -206,10 +206,10 @@ fn what_a_layer_itself_refuses_has_its_settings_name() {
         ("breaker_failure_ratio = 50", "breaker_failure_ratio"),
         ("breaker_half_open = 0", "breaker_half_open"),
         ("deadline_header = 'no such'", "deadline_header"),
-        ("timeout_idle = 0", "timeout_response_idle"),
+        ("timeout_response_idle = 0", "timeout_response_idle"),
         ("timeout_first_frame = 0", "timeout_first_frame"),
-        ("timeout_sending = 0", "timeout_request_idle"),
-        ("timeout_taking = 0", "timeout_request_stall"),
+        ("timeout_request_idle = 0", "timeout_request_idle"),
+        ("timeout_request_stall = 0", "timeout_request_stall"),
         ("timeout_response_total = 0", "timeout_response_total"),
         ("timeout_min_body_rate = 0", "timeout_min_body_rate"),
         ("timeout_min_body_rate = 1\ntimeout_body_grace = 0", "timeout_body_grace"),
@@ -219,7 +219,7 @@ fn what_a_layer_itself_refuses_has_its_settings_name() {
         ("retry_attempt_timeout = 0", "retry_attempt_timeout"),
         ("breaker_open_for = 0", "breaker_open_for"),
         ("breaker_open_for_max = '1s'", "breaker_open_for_max"),
-        ("breaker_probe_lease = 0", "breaker_probe_timeout"),
+        ("breaker_probe_timeout = 0", "breaker_probe_timeout"),
         ("breaker_failure_ratio = 0.5\nbreaker_window = '1ms'", "breaker_window"),
         ("connect_max_total = 0", "connect_max_total"),
         ("connect_max_age = 0", "connect_max_age"),

@@ -22,7 +22,7 @@ fn the_same_in_toml_json_and_an_environment() {
         connect_max_total = 50
         [timeout]
         head = 2.5
-        idle = 'off'
+        response_idle = 'off'
         [retry]
         attempts = 2
         budget.ratio = 0.1
@@ -33,7 +33,7 @@ fn the_same_in_toml_json_and_an_environment() {
         ("HTTP_CLIENT_PRESET", "internal"),
         ("HTTP_CLIENT_CONNECT_MAX_TOTAL", "50"),
         ("HTTP_CLIENT_TIMEOUT_HEAD", "2500ms"),
-        ("HTTP_CLIENT_TIMEOUT_IDLE", "off"),
+        ("HTTP_CLIENT_TIMEOUT_RESPONSE_IDLE", "off"),
         ("HTTP_CLIENT_RETRY_ATTEMPTS", "2"),
         ("HTTP_CLIENT_RETRY_BUDGET_RATIO", "0.1"),
         ("HOME", "/"),
@@ -71,12 +71,12 @@ fn a_services_own_variables_go_before_the_common_ones_and_both_before_files() {
     let config = search().toml(file).env_from(env).finish().unwrap();
     assert_eq!(config.connect.max_total, Some(7));
     assert_eq!(config.connect.timeout, secs(1));
-    let origin = |key| config.origin(key).unwrap().to_string();
+    let origin = |key| config.source(key).unwrap().to_string();
     assert_eq!(origin("connect_max_total"), "env SEARCH_HTTP_CLIENT_CONNECT_MAX_TOTAL");
     assert_eq!(origin("connect_timeout"), "env HTTP_CLIENT_CONNECT_TIMEOUT");
     assert_eq!(origin("timeout_head"), "file TOML");
-    assert_eq!(config.origin("timeout_response_idle"), Some(Source::Default));
-    assert_eq!(config.origin("no_such_key"), None);
+    assert_eq!(config.source("timeout_response_idle"), Some(Source::Default));
+    assert_eq!(config.source("no_such_key"), None);
     let other = ClientConfig::load("billing").env_from(env).finish().unwrap();
     assert_eq!(other.connect.max_total, Some(50));
     assert_eq!(other.connect.timeout, secs(9));
@@ -204,7 +204,7 @@ fn files_of_both_kinds() {
     std::fs::remove_dir_all(&folder).unwrap();
     let config = config.unwrap();
     assert_eq!((config.retry.attempts, config.retry.backoff), (2, Duration::from_millis(10)));
-    let origin = config.origin("retry_attempts").unwrap().to_string();
+    let origin = config.source("retry_attempts").unwrap().to_string();
     assert!(origin.ends_with("client.toml"), "{origin}");
 }
 
@@ -330,7 +330,7 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     };
     assert_eq!(line("retry_attempts "), "retry_attempts 2 file TOML");
     assert_eq!(line("timeout_head "), "timeout_head 3m preset llm");
-    assert_eq!(line("timeout_idle "), "timeout_idle 45s code The");
+    assert_eq!(line("timeout_response_idle "), "timeout_response_idle 45s code The");
     assert_eq!(line("breaker_open_for "), "breaker_open_for 7s code The");
     assert_eq!(line("limit_max "), "limit_max off env SEARCH_HTTP_CLIENT_LIMIT_MAX");
     assert_eq!(line("limit_queue "), "limit_queue 1024 default The");
@@ -436,8 +436,8 @@ fn misspelt_keys_are_errors_although_service_links_are_ignored() {
 fn explain_states_the_maximum_of_a_header() {
     for (toml, note) in [
         ("deadline_default = '10s'", "at most 10s (`deadline_default`)"),
-        ("deadline_default = '10s'\ndeadline_at_most = '30s'", "at most 30s (`deadline_at_most`)"),
-        ("", "has no maximum: set `deadline_default` or `deadline_at_most`"),
+        ("deadline_default = '10s'\ndeadline_at_most = '30s'", "at most 30s (`deadline_max`)"),
+        ("", "has no maximum: set `deadline_default` or `deadline_max`"),
     ] {
         let explained = ServerConfig::from_toml(toml).unwrap().explain();
         let notes: Vec<_> = explained.lines().filter(|line| line.contains("note: ")).collect();
@@ -483,7 +483,7 @@ fn env_prefix_replaces_the_default_one() {
     ];
     let config = search().env_prefix("ACME_").env_from(env).finish().unwrap();
     assert_eq!((config.retry.attempts, config.limit.max), (2, Some(7)));
-    assert_eq!(config.origin("limit_max").unwrap().to_string(), "env SEARCH_ACME_LIMIT_MAX");
+    assert_eq!(config.source("limit_max").unwrap().to_string(), "env SEARCH_ACME_LIMIT_MAX");
     let error = search().env_prefix("ACME_").env_from([("ACME_USER_AGENT", "x")]).finish();
     let error = error.unwrap_err().to_string();
     assert_eq!(error, "unknown setting `user_agent`: leave it out (env ACME_USER_AGENT)");
@@ -526,7 +526,7 @@ fn variables_of_other_clients_set_the_settings_that_replace_them() {
         assert_eq!(reads, [Some(secs(20)); 3]);
         assert_eq!(config.timeout.request_stall, Some(Duration::from_millis(15_500)));
         assert_eq!((config.retry.attempts, config.retry.backoff_factor), (4, 1.5));
-        let origin = config.origin("timeout_response_idle").unwrap().to_string();
+        let origin = config.source("timeout_response_idle").unwrap().to_string();
         assert_eq!(origin, format!("env {prefix}READ_TIMEOUT"));
         config.check().unwrap();
         drop(buttress::stack::ClientStack::new(&config).unwrap());
@@ -571,7 +571,7 @@ fn name_of_another_client_without_a_setting_is_an_error_that_names_the_replaceme
     // A file has the names of the settings only.
     for (name, settings) in [
         ("max_connections", "`connect_max_total`"),
-        ("read_timeout", "`timeout_head`, `timeout_first_frame`, `timeout_idle`"),
+        ("read_timeout", "`timeout_head`, `timeout_first_frame`, `timeout_response_idle`"),
         ("max_retries", "`retry_attempts`, the number of retries plus one"),
     ] {
         let error = search().toml(&format!("{name} = 3")).finish().unwrap_err().to_string();

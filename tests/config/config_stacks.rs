@@ -180,7 +180,7 @@ async fn a_client_stack_counts_what_comes_of_its_calls() {
     );
     let error = client.clone().oneshot(request()).await.map(drop).unwrap_err();
     assert_eq!(Rejected::find(&*error).unwrap().name(), Some("search"));
-    assert_eq!((handle.snapshot().refused, handle.snapshot().total), (1, 4));
+    assert_eq!((handle.snapshot().rejected, handle.snapshot().total), (1, 4));
     assert_eq!(
         handle.snapshot().average,
         seen.average,
@@ -272,12 +272,13 @@ async fn whatever_becomes_of_calls_the_figures_add_up() {
     }
     while tasks.join_next().await.is_some() {
         let seen = handle.snapshot();
-        let ended = seen.successes + seen.failures + seen.throttled + seen.cancelled + seen.refused;
+        let ended =
+            seen.successes + seen.failures + seen.throttled + seen.cancelled + seen.rejected;
         assert_eq!(seen.total, ended + seen.in_flight, "{seen:?}");
     }
     let seen = handle.snapshot();
     assert_eq!((seen.total, seen.in_flight, seen.waiting), (500, 0, 0), "{seen:?}");
-    let each = [seen.successes, seen.failures, seen.throttled, seen.cancelled, seen.refused];
+    let each = [seen.successes, seen.failures, seen.throttled, seen.cancelled, seen.rejected];
     assert!(each.iter().all(|count| *count > 0), "each outcome occurs: {seen:?}");
     assert!(seen.timeouts > 0 && seen.breaker_opened > 0 && seen.retries > 0, "{seen:?}");
 }
@@ -320,13 +321,13 @@ async fn a_deadline_is_kept_in_whatever_phase_a_call_is() {
         );
         assert_eq!(call("/silent", secs(1)).await, (under_way, secs(1)), "in the response body");
         let seen = handle.snapshot();
-        assert_eq!((seen.timeouts, seen.failures, seen.refused), (2, 2, 0));
+        assert_eq!((seen.timeouts, seen.failures, seen.rejected), (2, 2, 0));
         let (first, second) = tokio::join!(call("/hangs", secs(2)), call("/hangs", secs(1)));
         assert_eq!(first, (under_way, secs(2)));
         assert_eq!(second, (RejectedKind::DeadlinePassed, secs(1)), "in the queue");
         assert_eq!(call("/", secs(0)).await, (RejectedKind::DeadlinePassed, secs(0)));
         let seen = handle.snapshot();
-        assert_eq!((seen.timeouts, seen.failures, seen.refused), (3, 3, 2), "{attempts}");
+        assert_eq!((seen.timeouts, seen.failures, seen.rejected), (3, 3, 2), "{attempts}");
         assert_eq!((seen.in_flight, seen.retries, seen.cancelled), (0, 0, 0));
     }
 }
@@ -391,7 +392,7 @@ async fn settings_change_while_it_runs_and_what_cannot_is_told() {
     assert_eq!(handle.update(&next).unwrap(), ["breaker_window"]);
     let now = handle.config();
     assert_eq!((&*now.name, now.limit.max, now.breaker.window), ("", Some(9), secs(10)));
-    let origin = |key| now.origin(key).unwrap().to_string();
+    let origin = |key| now.source(key).unwrap().to_string();
     assert_eq!(
         (origin("limit_max"), origin("breaker_window")),
         ("file TOML".into(), "default".into())
@@ -518,7 +519,7 @@ async fn a_server_stack_under_axum() {
     assert_eq!(send("/", "9000").await.unwrap().unwrap().status(), 503, "full");
     assert_eq!(late.await.unwrap().unwrap().status(), 503, "too slow");
     let seen = handle.snapshot();
-    assert_eq!((seen.total, seen.successes, seen.refused, seen.timeouts), (4, 1, 1, 2));
+    assert_eq!((seen.total, seen.successes, seen.rejected, seen.timeouts), (4, 1, 1, 2));
     assert_eq!((seen.in_flight, seen.breaker), (0, None));
     let fixed = handle.update(&ServerConfig::from_toml("timeout_head = '20s'").unwrap()).unwrap();
     assert_eq!(fixed, ["deadline_header"]);
@@ -557,5 +558,5 @@ async fn a_server_tells_a_passed_deadline_alike_wherever_it_passes() {
         assert_eq!((first, second), ((http, grpc.clone(), secs(2)), (http, grpc, secs(after))));
     }
     let seen = handle.snapshot();
-    assert_eq!((seen.total, seen.timeouts, seen.refused, seen.in_flight), (8, 4, 4, 0));
+    assert_eq!((seen.total, seen.timeouts, seen.rejected, seen.in_flight), (8, 4, 4, 0));
 }

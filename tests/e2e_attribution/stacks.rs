@@ -347,7 +347,7 @@ async fn deadline_extension(
 }
 
 async fn pass_on(
-    State(client): State<buttress::stack::Client<Body>>,
+    State(client): State<buttress::stack::StackClient<Body>>,
     request: Request<Body>,
 ) -> Result<Response<Body>, StatusCode> {
     let (head, body) = request.into_parts();

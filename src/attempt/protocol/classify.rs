@@ -7,11 +7,8 @@ use super::super::{
     verdict::{Classified, RetryAction},
 };
 use super::{saved_request::IDEMPOTENCY_KEY, traits::AttemptResponse};
-use crate::{
-    outcome::{
-        Eos, Outcome, OutcomeKind, Pushback, Reason, RetiredConnection, grpc, http as rule,
-        retry_after,
-    },
+use crate::outcome::{
+    Eos, Outcome, OutcomeKind, Pushback, Reason, RetiredConnection, grpc, http as rule, retry_after,
 };
 
 /// Classifies a response head. `None` if the beginning of its body decides.

@@ -44,7 +44,7 @@ async fn tour() -> Result<(), Error> {
     // The preset allows 60 s of silence within a stream. This example uses less.
     let config = ClientConfig::load("llm")
         .preset(ConfigPreset::Llm)
-        .toml("timeout_idle = '300ms'")
+        .toml("timeout_response_idle = '300ms'")
         .env()
         .finish()?;
     let client = buttress::client(&config)?;

@@ -27,7 +27,7 @@ const CONFLICTS: [&str; 9] = [
     "deadline_default = '10s' \n timeout_head = '5s'",
     "retry_attempts = 6",
     "timeout_head = '2s'",
-    "deadline_default = '91s' \n deadline_keep_back = '2m'",
+    "deadline_default = '91s' \n deadline_reserve = '2m'",
     "deadline_default = '91s' \n limit_queue_wait = '2m'",
     "connect_max_idle = '5s' \n connect_peer_keep_alive = '5s'",
     "retry_budget_ratio = 0.00001 \n retry_budget_per_second = 0",
