@@ -52,26 +52,26 @@ const MAX_UNSEEN_PIECES: u32 = 4096;
 
 /// Returns free text, in which URIs may occur, without secrets and with at most `max` bytes.
 pub(crate) fn text(text: &str, max: usize) -> String {
-    Head::of(text).redacted(Kind::Text, max)
+    ScannedText::of(text).redacted(TextKind::Text, max)
 }
 
 /// Returns the value of a setting, which may be a URI as a whole, without secrets and with at most [`MAX_VALUE`] bytes.
 pub(crate) fn value(value: &str) -> String {
-    let head = Head::of(value);
-    let is_uri = head.text.contains("//")
-        || head.text.contains('@')
-        || !head.text.contains(char::is_whitespace);
-    head.redacted(if is_uri { Kind::Value } else { Kind::Text }, MAX_VALUE)
+    let scanned = ScannedText::of(value);
+    let is_uri = scanned.text.contains("//")
+        || scanned.text.contains('@')
+        || !scanned.text.contains(char::is_whitespace);
+    scanned.redacted(if is_uri { TextKind::Value } else { TextKind::Text }, MAX_VALUE)
 }
 
 /// Returns what `shown` displays, without secrets and with at most `max` bytes.
 pub(crate) fn display(shown: &(impl Display + ?Sized), max: usize) -> String {
-    Head::formatted(format_args!("{shown}")).redacted(Kind::Text, max)
+    ScannedText::formatted(format_args!("{shown}")).redacted(TextKind::Text, max)
 }
 
 /// Returns the `Debug` output of `shown`, without secrets and with at most `max` bytes.
 pub(crate) fn debug(shown: &(impl Debug + ?Sized), max: usize) -> String {
-    Head::formatted(format_args!("{shown:?}")).redacted(Kind::Text, max)
+    ScannedText::formatted(format_args!("{shown:?}")).redacted(TextKind::Text, max)
 }
 
 /// A value of another crate, redacted in the `Debug` output or in an event of this crate.
@@ -102,7 +102,7 @@ impl Debug for Value<'_> {
 
 /// The first [`MAX_SCAN`] bytes of an input, and its length.
 #[derive(Default)]
-struct Head {
+struct ScannedText {
     text: String,
     /// The length of the whole input in bytes, as far as it was measured.
     length: usize,
@@ -112,27 +112,27 @@ struct Head {
     unseen_pieces: u32,
 }
 
-impl Head {
+impl ScannedText {
     fn of(text: &str) -> Self {
-        let mut head = Self::default();
-        let _ = head.write_str(text);
-        head
+        let mut scanned = Self::default();
+        let _ = scanned.write_str(text);
+        scanned
     }
 
     fn formatted(shown: fmt::Arguments<'_>) -> Self {
-        let mut head = Self::default();
+        let mut scanned = Self::default();
         // An error ends the input here, whether `write_str` or the formatted value returned it.
-        let _ = head.write_fmt(shown);
-        head
+        let _ = scanned.write_fmt(shown);
+        scanned
     }
 
-    fn redacted(&self, kind: Kind, max: usize) -> String {
+    fn redacted(&self, kind: TextKind, max: usize) -> String {
         let mut safe = String::with_capacity(self.text.len().min(max));
         match kind {
-            Kind::Text => scan(&self.text, self.is_cut, &mut safe),
-            Kind::Value => {
+            TextKind::Text => scan(&self.text, self.is_cut, &mut safe),
+            TextKind::Value => {
                 let end = self.text.len();
-                word(&self.text, end, self.is_cut, Kind::Value, &mut safe);
+                word(&self.text, end, self.is_cut, TextKind::Value, &mut safe);
             }
         }
         if !self.is_cut && safe.len() <= max {
@@ -146,7 +146,7 @@ impl Head {
     }
 }
 
-impl Write for Head {
+impl Write for ScannedText {
     fn write_str(&mut self, piece: &str) -> fmt::Result {
         self.length = self.length.saturating_add(piece.len());
         if self.is_cut {
@@ -173,7 +173,7 @@ fn prefix(text: &str, max: usize) -> &str {
 
 /// The kind of the input.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum TextKind {
     /// Free text: words are scanned one by one.
     Text,
     /// One value: a space does not end it.
@@ -210,7 +210,7 @@ fn scan(text: &str, is_cut: bool, safe: &mut String) {
         }
         is_credential = names_scheme(one);
         let is_open = is_cut && end == words.len();
-        at += word(words, end, is_open, Kind::Text, safe);
+        at += word(words, end, is_open, TextKind::Text, safe);
     }
 }
 
@@ -260,7 +260,7 @@ fn wrapped_end(words: &str) -> usize {
 
 /// Appends the word that ends at `end`, without its secrets. Returns the number of bytes of `words` that were consumed,
 /// which is more than `end` if a secret may continue beyond the word. `is_open`: the input continues after the word.
-fn word(words: &str, end: usize, is_open: bool, kind: Kind, safe: &mut String) -> usize {
+fn word(words: &str, end: usize, is_open: bool, kind: TextKind, safe: &mut String) -> usize {
     let one = &words[..end];
     let lead = one.len() - one.trim_start_matches(['(', '[', '{', '\'', '=', ',']).len();
     let authority = if one[lead..].starts_with("//") {
@@ -330,19 +330,19 @@ fn with_authority(words: &str, end: usize, at: usize, is_open: bool, safe: &mut 
 }
 
 /// Appends a word without `//`.
-fn without_authority(one: &str, is_open: bool, kind: Kind, safe: &mut String) {
-    if is_open && (kind == Kind::Value || one.contains(':')) && !one.starts_with('/') {
+fn without_authority(one: &str, is_open: bool, kind: TextKind, safe: &mut String) {
+    if is_open && (kind == TextKind::Value || one.contains(':')) && !one.starts_with('/') {
         safe.push_str(MARKER);
         return;
     }
-    let needs_colon = kind == Kind::Text || one.starts_with('/');
+    let needs_colon = kind == TextKind::Text || one.starts_with('/');
     let userinfo = one.rfind('@').filter(|at| !needs_colon || one[..*at].contains(':'));
     let query = one.find('?');
     match (userinfo, query) {
         (Some(at), None) => {
             safe.push_str(MARKER);
             safe.push('@');
-            path_and_query(&one[at + 1..], None, kind == Kind::Value, safe);
+            path_and_query(&one[at + 1..], None, kind == TextKind::Value, safe);
         }
         (Some(_), Some(query)) => {
             let host_end = one[..query].find('/').unwrap_or(query);
@@ -352,7 +352,7 @@ fn without_authority(one: &str, is_open: bool, kind: Kind, safe: &mut String) {
                 safe.push_str(MARKER);
             }
         }
-        (None, _) => path_and_query(one, one.chars().next(), kind == Kind::Value, safe),
+        (None, _) => path_and_query(one, one.chars().next(), kind == TextKind::Value, safe),
     }
 }
 

@@ -15,7 +15,7 @@ use tower_service::Service;
 
 use super::{
     registry::Health,
-    responder::{Endpoint, Responder, is_get_or_head},
+    responder::{HealthRoute, Responder, is_get_or_head},
     response::{plain, without_body_for},
 };
 use crate::{
@@ -133,14 +133,14 @@ where
 
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
         let was_ready = std::mem::take(&mut self.ready);
-        let state = match Endpoint::of(request.uri().path()) {
-            Some(endpoint) if is_get_or_head(request.method()) => {
+        let state = match HealthRoute::of(request.uri().path()) {
+            Some(route) if is_get_or_head(request.method()) => {
                 if was_ready {
                     // The reservation of this instance is not needed. A fresh clone releases it.
                     self.inner = self.inner.clone();
                 }
                 let response =
-                    self.responder.respond(endpoint, request.uri().query(), request.headers());
+                    self.responder.respond(route, request.uri().query(), request.headers());
                 let response = without_body_for(request.method(), response);
                 drain_request(request);
                 EndpointState::Respond { response: Some(Box::new(response)) }
@@ -256,10 +256,10 @@ impl<ReqB: 'static> Service<Request<ReqB>> for HealthService {
     }
 
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
-        let response = match Endpoint::of(request.uri().path()) {
+        let response = match HealthRoute::of(request.uri().path()) {
             None => plain(StatusCode::NOT_FOUND, "not found\n"),
-            Some(endpoint) if is_get_or_head(request.method()) => {
-                self.responder.respond(endpoint, request.uri().query(), request.headers())
+            Some(route) if is_get_or_head(request.method()) => {
+                self.responder.respond(route, request.uri().query(), request.headers())
             }
             Some(_) => {
                 let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");

@@ -18,16 +18,16 @@ const MAX_PARAMETERS: usize = 64;
 /// Maximum length of a query in bytes. A longer query is ignored.
 const MAX_QUERY_LENGTH: usize = 4096;
 
-/// A path of the endpoints.
+/// One of the health routes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Endpoint<'a> {
+pub(super) enum HealthRoute<'a> {
     Live,
     /// `readyz` or `healthz`, with the requested check, if there is one.
     Ready(&'static str, Option<&'a str>),
 }
 
-impl<'a> Endpoint<'a> {
-    /// Returns the endpoint of a path, if there is one. Reads only the first two bytes of most other paths.
+impl<'a> HealthRoute<'a> {
+    /// Returns the route of a path, if it is one. Reads only the first two bytes of most other paths.
     #[inline]
     pub(super) fn of(path: &'a str) -> Option<Self> {
         match path.as_bytes() {
@@ -97,7 +97,7 @@ impl Responder {
 
     pub(super) fn respond(
         &self,
-        endpoint: Endpoint<'_>,
+        route: HealthRoute<'_>,
         query: Option<&str>,
         headers: &HeaderMap,
     ) -> Response<Bytes> {
@@ -105,10 +105,10 @@ impl Responder {
         let wants_json = accepts(headers, &["application/health+json", "application/json"]);
         let format =
             if wants_json == Some(true) { HealthFormat::Json } else { HealthFormat::Plain };
-        let (endpoint, check) = match endpoint {
+        let (name, check) = match route {
             // Liveness does not depend on the checks.
-            Endpoint::Live => return self.live(format, &query),
-            Endpoint::Ready(endpoint, check) => (endpoint, check),
+            HealthRoute::Live => return self.live(format, &query),
+            HealthRoute::Ready(name, check) => (name, check),
         };
         if let Some(check) = check {
             return match self.health.check_snapshot(check) {
@@ -142,7 +142,7 @@ impl Responder {
                     return plain(StatusCode::OK, "ok");
                 }
                 let word = if passed { "passed" } else { "failed" };
-                body.push_str(&format!("{endpoint} check {word}\n"));
+                body.push_str(&format!("{name} check {word}\n"));
                 plain(status(passed), body)
             }
         }
@@ -218,17 +218,17 @@ mod tests {
 
     fn get(health: &Health, path: &str, query: &str) -> (u16, String) {
         let responder = Responder::new(health.clone());
-        let endpoint = Endpoint::of(path).unwrap();
-        let response = responder.respond(endpoint, Some(query), &HeaderMap::new());
+        let route = HealthRoute::of(path).unwrap();
+        let response = responder.respond(route, Some(query), &HeaderMap::new());
         let body = String::from_utf8(response.body().to_vec()).unwrap();
         (response.status().as_u16(), body)
     }
 
     #[test]
     fn only_the_documented_paths_are_endpoints() {
-        assert_eq!(Endpoint::of("/livez"), Some(Endpoint::Live));
-        assert_eq!(Endpoint::of("/healthz"), Some(Endpoint::Ready("healthz", None)));
-        assert_eq!(Endpoint::of("/readyz/a-b"), Some(Endpoint::Ready("readyz", Some("a-b"))));
+        assert_eq!(HealthRoute::of("/livez"), Some(HealthRoute::Live));
+        assert_eq!(HealthRoute::of("/healthz"), Some(HealthRoute::Ready("healthz", None)));
+        assert_eq!(HealthRoute::of("/readyz/a-b"), Some(HealthRoute::Ready("readyz", Some("a-b"))));
         for other in [
             "",
             "/",
@@ -241,7 +241,7 @@ mod tests {
             "/readyz/a/b",
             "/readyzx",
         ] {
-            assert_eq!(Endpoint::of(other), None, "{other}");
+            assert_eq!(HealthRoute::of(other), None, "{other}");
         }
     }
 
@@ -299,8 +299,8 @@ mod tests {
             if let Ok(accept) = HeaderValue::from_str(&accept) {
                 headers.insert(header::ACCEPT, accept);
             }
-            if let Some(endpoint) = Endpoint::of(&path) {
-                let response = responder.respond(endpoint, Some(&query), &headers);
+            if let Some(route) = HealthRoute::of(&path) {
+                let response = responder.respond(route, Some(&query), &headers);
                 prop_assert!(response.body().len() < 200);
             }
         }

@@ -123,9 +123,24 @@ pub struct RespondService<S> {
 }
 
 impl<S> RespondService<S> {
+    /// Returns the service of a [`RespondLayer`] around `inner`.
+    pub const fn new(inner: S) -> Self {
+        Self { inner }
+    }
+
     /// Returns the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
+    }
+
+    /// Returns the wrapped service.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// Returns the wrapped service.
+    pub fn into_inner(self) -> S {
+        self.inner
     }
 }
 
@@ -146,9 +161,9 @@ where
     }
 
     fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
-        let form = ResponseFormat::of(request.method(), request.headers());
+        let format = ResponseFormat::of(request.method(), request.headers());
         let loan = Loan::of(&mut request);
-        RespondFuture { future: self.inner.call(request), form, loan }
+        RespondFuture { future: self.inner.call(request), format, loan }
     }
 }
 
@@ -157,7 +172,7 @@ pin_project! {
     pub struct RespondFuture<F> {
         #[pin]
         future: F,
-        form: ResponseFormat,
+        format: ResponseFormat,
         // The lent body of the request, drained if the call is rejected. `None` if there is nothing to drain.
         loan: Option<Loan>,
     }
@@ -171,7 +186,7 @@ impl<S> fmt::Debug for RespondService<S> {
 
 impl<F> fmt::Debug for RespondFuture<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RespondFuture").field("form", &self.form).finish_non_exhaustive()
+        f.debug_struct("RespondFuture").field("format", &self.format).finish_non_exhaustive()
     }
 }
 
@@ -189,17 +204,17 @@ where
         Poll::Ready(match ready!(this.future.poll(cx)) {
             Ok(response) => Ok(response.map(TrackedBody::untracked)),
             Err(error) => match Rejected::find_in_any(&error).cloned() {
-                None if this.form.is_grpc() && is_timer_of_client(&error) => {
-                    Ok(deadline_exceeded(*this.form).map(TrackedBody::answer))
+                None if this.format.is_grpc() && is_timer_of_client(&error) => {
+                    Ok(deadline_exceeded(*this.format).map(TrackedBody::answer))
                 }
                 None => Err(error),
                 Some(mut rejected) => {
                     if this.loan.as_ref().is_some_and(Loan::drain) {
                         rejected = rejected.draining();
                     }
-                    let mut answer = response(*this.form, rejected);
-                    tell_attempts(&error, &mut answer);
-                    Ok(answer.map(TrackedBody::answer))
+                    let mut response = response(*this.format, rejected);
+                    insert_attempts(&error, &mut response);
+                    Ok(response.map(TrackedBody::answer))
                 }
             },
         })
@@ -220,16 +235,16 @@ fn is_timer_of_client<E: 'static>(_: &E) -> bool {
 /// Returns the response for a call that the timer of the client ended. No layer rejected the call, so the response
 /// carries no [`Rejected`].
 #[cold]
-fn deadline_exceeded(form: ResponseFormat) -> Response<Bytes> {
+fn deadline_exceeded(format: ResponseFormat) -> Response<Bytes> {
     let rejected = Rejected::new(RejectedKind::TimedOut(TimeoutPhase::Deadline));
-    let mut response = response(form, rejected);
+    let mut response = response(format, rejected);
     response.extensions_mut().remove::<Rejected>();
     response
 }
 
 /// Stores the record of the attempts in the extensions of the response.
-fn tell_attempts<E: 'static>(error: &E, answer: &mut Response<Bytes>) {
+fn insert_attempts<E: 'static>(error: &E, response: &mut Response<Bytes>) {
     if let Some(attempts) = crate::outcome::known(error).and_then(crate::attempt::Attempts::find) {
-        answer.extensions_mut().insert(attempts);
+        response.extensions_mut().insert(attempts);
     }
 }

@@ -98,23 +98,23 @@ fn accepts_json(headers: &HeaderMap) -> bool {
 ///
 /// At most 8 headers and 32 ranges in each are read.
 pub(crate) fn accepts(headers: &HeaderMap, ranges: &[&str]) -> Option<bool> {
-    let mut said = None;
+    let mut permits = None;
     for value in headers.get_all(header::ACCEPT).iter().take(8) {
-        said = Some(false);
+        permits = Some(false);
         let Ok(value) = value.to_str() else { continue };
         for range in value.split(',').take(32) {
             let mut parts = range.split(';').map(str::trim);
             let media = parts.next().unwrap_or_default();
-            let wanted = ranges.iter().any(|range| media.eq_ignore_ascii_case(range));
-            let refused = parts.any(|part| {
+            let is_listed = ranges.iter().any(|range| media.eq_ignore_ascii_case(range));
+            let is_excluded = parts.any(|part| {
                 part.strip_prefix("q=").is_some_and(|q| q.parse::<f32>().is_ok_and(|q| q <= 0.0))
             });
-            if wanted && !refused {
+            if is_listed && !is_excluded {
                 return Some(true);
             }
         }
     }
-    said
+    permits
 }
 
 // ===== As an error =====
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn accept_header() {
+    fn problem_document_requires_a_permitting_accept_header() {
         assert!(accepts_json(&HeaderMap::new()));
         assert!(accept("*/*"));
         assert!(accept("text/html, application/json;q=0.5"));
@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn the_form_follows_the_request() {
+    fn format_follows_the_request() {
         let of = |method: Method, content: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
@@ -482,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn no_rejection_can_be_cached() {
+    fn response_forbids_caching() {
         for form in [
             ResponseFormat::Empty,
             ResponseFormat::Json,
@@ -540,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn internal_reasons_are_shown_to_no_client() {
+    fn response_hides_internal_reasons() {
         for kind in [RejectedKind::Misconfigured, RejectedKind::ForcedOpen] {
             let grpc = response(ResponseFormat::Grpc, Rejected::new(kind));
             assert_eq!(grpc.headers()["grpc-message"], "unavailable");
@@ -558,20 +558,20 @@ mod tests {
 
     #[test]
     fn quota_is_429_and_resource_exhausted() {
-        let refused =
+        let rejected =
             || Rejected::new(RejectedKind::Quota).with_retry_after(Duration::from_millis(1500));
-        let http = response(ResponseFormat::Json, refused());
+        let http = response(ResponseFormat::Json, rejected());
         assert_eq!(http.status(), 429);
         assert_eq!(http.headers()["retry-after"], "2");
         assert_eq!(
             http.body(),
             r#"{"type":"about:blank","title":"Too Many Requests","status":429,"reason":"quota_exceeded"}"#
         );
-        let grpc = response(ResponseFormat::Grpc, refused());
+        let grpc = response(ResponseFormat::Grpc, rejected());
         assert_eq!(grpc.headers()["grpc-status"], "8");
         assert_eq!(grpc.headers()["grpc-retry-pushback-ms"], "1500");
         assert_eq!(grpc.headers()["content-type"], "application/grpc");
-        let web = response(ResponseFormat::GrpcWeb, refused());
+        let web = response(ResponseFormat::GrpcWeb, rejected());
         assert_eq!(web.headers()["content-type"], "application/grpc-web");
         assert_eq!(web.headers()["grpc-status"], "8");
         let plain = response(ResponseFormat::Empty, Rejected::new(RejectedKind::Full));
@@ -581,7 +581,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn fuzz_whatever_is_asked_the_answer_has_its_form(
+        fn fuzz_response_has_the_format_of_its_request(
             accept in "(application/((problem[+])?json|[*])|[*]/[*]|.{0,9})(;q=[0-9.]{0,5}|[,;].{0,20}){0,9}",
             content in "(application/grpc)?(-web)?[+;.]?.{0,9}",
             method in prop::sample::select(vec![Method::GET, Method::POST, Method::HEAD, Method::CONNECT]),
@@ -603,18 +603,18 @@ mod tests {
                 Some(after) => rejected.with_retry_after(after),
                 None => rejected,
             };
-            let answer = response(form, rejected);
+            let response = response(form, rejected);
             if form == ResponseFormat::Json {
-                let problem: serde_json::Value = serde_json::from_slice(answer.body()).unwrap();
-                prop_assert_eq!(&problem["status"], answer.status().as_u16());
+                let problem: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
+                prop_assert_eq!(&problem["status"], response.status().as_u16());
                 prop_assert_eq!(&problem["reason"], kind.as_str());
             } else {
-                prop_assert!(answer.body().is_empty());
+                prop_assert!(response.body().is_empty());
             }
-            if let Some(after) = answer.headers().get(header::RETRY_AFTER) {
+            if let Some(after) = response.headers().get(header::RETRY_AFTER) {
                 prop_assert!(after.to_str().unwrap().parse::<u64>().unwrap() >= 1);
             }
-            prop_assert_eq!(answer.headers().contains_key("grpc-status"), matches!(form, ResponseFormat::Grpc | ResponseFormat::GrpcWeb));
+            prop_assert_eq!(response.headers().contains_key("grpc-status"), matches!(form, ResponseFormat::Grpc | ResponseFormat::GrpcWeb));
         }
     }
 }
