@@ -78,7 +78,7 @@ impl<A> fmt::Debug for Peer<A> {
 
 /// A copy of its `stop` with the time as an argument. The limit goes up by one if throughput and concurrency changed in
 /// the same direction, and down by one otherwise or while the mean latency exceeds the target.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Shedder {
     concurrency: f64,
     latency: f64,

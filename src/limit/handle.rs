@@ -1,13 +1,17 @@
 use std::{fmt, ops::RangeInclusive, time::Duration};
 
 use super::{
-    adaptive::{LimitChange, Teller},
-    limiter::{Entry, MOST_WAITING},
+    adaptive::{LimitChange, Sampler},
+    check::{
+        checked_bounds, checked_cancelled_after, checked_limit, checked_max_unread, checked_order,
+        checked_queue,
+    },
+    limiter::Acquisition,
     partition::CallClass,
     queue::QueueOrder,
-    reuse::Limit,
+    shared::SharedLimiter,
     upgrade::OwnedPermit,
-    wait::Wait,
+    wait::PermitWait,
 };
 use crate::{
     error::ConfigError,
@@ -19,7 +23,7 @@ use crate::{
 ///
 /// Clones refer to the same limit, as do all services that the layer or a clone of it made.
 #[derive(Clone)]
-pub struct ConcurrencyLimitHandle(pub(crate) Limit);
+pub struct ConcurrencyLimitHandle(pub(super) SharedLimiter);
 
 /// A snapshot of a concurrency limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,10 +45,10 @@ pub struct ConcurrencyLimitSnapshot {
     pub rejected_deadline: u64,
     /// The number of calls rejected because of their priority.
     pub rejected_outranked: u64,
-    /// The number of calls admitted in [shadow mode](ConcurrencyLimitHandle::shadow) that would have been rejected.
+    /// The number of calls admitted in [shadow mode](ConcurrencyLimitHandle::set_shadow) that would have been rejected.
     pub shadowed: u64,
-    /// The median of the waiting times in the queue in the last 30 to 60 s, too high by less than 1 %. `None` if no
-    /// call waited.
+    /// The median of the waiting times in the queue in the last 30 to 60 s, too high by less than 1 %. `None` if no call
+    /// waited.
     pub wait_p50: Option<Duration>,
     /// The 99th percentile of the same waiting times.
     pub wait_p99: Option<Duration>,
@@ -59,7 +63,7 @@ pub struct ConcurrencyLimitSnapshot {
 impl ConcurrencyLimitSnapshot {
     /// Returns the number of all rejected calls.
     #[must_use]
-    pub const fn refused(&self) -> u64 {
+    pub const fn rejected(&self) -> u64 {
         self.rejected_full
             .saturating_add(self.rejected_waited)
             .saturating_add(self.rejected_deadline)
@@ -75,13 +79,13 @@ impl ConcurrencyLimitHandle {
         let (exempt, exempt_in_flight) = self.0.exempt();
         ConcurrencyLimitSnapshot {
             limit: self.0.limit(),
-            last_change: self.0.adaptive().and_then(Teller::last),
+            last_change: self.0.adaptive().and_then(Sampler::last_change),
             in_flight: self.0.in_flight(),
             waiting: self.0.waiting(),
-            rejected_full: self.0.refused(RejectedKind::Full),
-            rejected_waited: self.0.refused(RejectedKind::WaitedTooLong),
-            rejected_deadline: self.0.refused(RejectedKind::DeadlinePassed),
-            rejected_outranked: self.0.refused(RejectedKind::Outranked),
+            rejected_full: self.0.rejected(RejectedKind::Full),
+            rejected_waited: self.0.rejected(RejectedKind::WaitedTooLong),
+            rejected_deadline: self.0.rejected(RejectedKind::DeadlinePassed),
+            rejected_outranked: self.0.rejected(RejectedKind::Outranked),
             shadowed: self.0.shadowed(),
             wait_p50: self.0.wait(0.5),
             wait_p99: self.0.wait(0.99),
@@ -89,6 +93,12 @@ impl ConcurrencyLimitHandle {
             exempt,
             unread: self.0.unread(),
         }
+    }
+
+    /// Returns the maximum number of calls in flight.
+    #[must_use]
+    pub fn limit(&self) -> u32 {
+        self.0.limit()
     }
 
     /// Returns the number of calls in flight. By default a call is in flight to the end of its response body.
@@ -104,9 +114,9 @@ impl ConcurrencyLimitHandle {
     ///
     /// Returns a [`Rejected`] if no permit can be acquired at once. The rejection is counted like that of a call.
     pub fn try_acquire(&self) -> Result<OwnedPermit, Rejected> {
-        let entered = self.0.try_enter();
-        let token = entered.map_or_else(|| self.0.turn_away(RejectedKind::Full), Ok)?;
-        Ok(OwnedPermit::own(self.0.permit(token)))
+        let token = self.0.try_acquire_as_default();
+        let token = token.map_or_else(|| self.0.reject(RejectedKind::Full), Ok)?;
+        Ok(OwnedPermit::acquired(self.0.permit(token)))
     }
 
     /// Acquires a permit, at once or after waiting in the queue like a call. Dropping the future removes its queue
@@ -122,15 +132,15 @@ impl ConcurrencyLimitHandle {
     ///
     /// Panics outside of a Tokio runtime with timers, if it has to wait.
     pub async fn acquire(&self) -> Result<OwnedPermit, Rejected> {
-        let token = match self.0.enter_as(CallClass::default()) {
-            Ok(Entry::In(token)) => token,
-            Ok(Entry::Waits(place)) => {
-                let permit = Wait::new(self.0.clone(), place, None).await?;
-                return Ok(OwnedPermit::own(permit));
+        let token = match self.0.acquire(CallClass::default()) {
+            Ok(Acquisition::Admitted(token)) => token,
+            Ok(Acquisition::Queued(entry)) => {
+                let permit = PermitWait::new(self.0.clone(), entry, None).await?;
+                return Ok(OwnedPermit::acquired(permit));
             }
-            Err(kind) => self.0.turn_away(kind)?,
+            Err(kind) => self.0.reject(kind)?,
         };
-        Ok(OwnedPermit::own(self.0.permit(token)))
+        Ok(OwnedPermit::acquired(self.0.permit(token)))
     }
 
     /// Returns a percentile of the waiting times in the queue in the last 30 to 60 s. `share` is from 0 to 1: with
@@ -153,7 +163,7 @@ impl ConcurrencyLimitHandle {
     /// panicked; then the limit keeps its value.
     pub fn set_limit(&self, limit: usize) -> Result<(), ConfigError> {
         let panicked = || ConfigError::new("limit", limit, ALGORITHM_PANICKED);
-        self.0.set_limit(checked(limit)?).ok_or_else(panicked)
+        self.0.set_limit(checked_limit(limit)?).ok_or_else(panicked)
     }
 
     /// Sets the bounds of an adaptive limit. The algorithm keeps the state that it has learnt.
@@ -179,8 +189,8 @@ impl ConcurrencyLimitHandle {
     /// # Errors
     ///
     /// Returns an error for the values that [`queue`](super::layer::ConcurrencyLimitLayer::queue) rejects.
-    pub fn set_queue(&self, length: usize, longest_wait: Duration) -> Result<(), ConfigError> {
-        self.0.set_queue(checked_queue(length, longest_wait)?, longest_wait);
+    pub fn set_queue(&self, length: usize, max_wait: Duration) -> Result<(), ConfigError> {
+        self.0.set_queue(checked_queue(length, max_wait)?, max_wait);
         Ok(())
     }
 
@@ -221,8 +231,40 @@ impl ConcurrencyLimitHandle {
     /// [`shadowed`](ConcurrencyLimitSnapshot::shadowed) counts the calls that a limit without a queue would have
     /// rejected. These calls are not counted as in flight, so that the other calls are those that the limit would have
     /// admitted.
-    pub fn shadow(&self, on: bool) {
+    pub fn set_shadow(&self, on: bool) {
         self.0.set_shadow(on);
+    }
+
+    /// Sets whether a call releases its permit at its response head, as
+    /// [`release_at_head`](super::layer::ConcurrencyLimitLayer::release_at_head) does.
+    pub fn set_release_at_head(&self, on: bool) {
+        self.0.set_release_at_head(on);
+    }
+
+    /// Sets whether an adaptive limit measures calls to the end of the response body, as
+    /// [`until_body_end`](super::layer::ConcurrencyLimitLayer::until_body_end) does. It has no effect on a fixed limit.
+    pub fn set_until_body_end(&self, on: bool) {
+        if let Some(adaptive) = self.0.adaptive() {
+            adaptive.set_until_body_end(on);
+        }
+    }
+
+    /// Sets the time after which a call that its caller ended counts as a drop, as
+    /// [`count_cancelled_after`](super::layer::ConcurrencyLimitLayer::count_cancelled_after) does.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error for a time of zero, and for any time if the limit is fixed.
+    pub fn set_count_cancelled_after(
+        &self,
+        time: impl Into<Option<Duration>>,
+    ) -> Result<(), ConfigError> {
+        let adaptive = self.0.adaptive();
+        let time = checked_cancelled_after(time.into(), adaptive.is_some())?;
+        if let Some(adaptive) = adaptive {
+            adaptive.set_count_cancelled_after(time);
+        }
+        Ok(())
     }
 }
 
@@ -238,49 +280,6 @@ impl Indicator for ConcurrencyLimitHandle {
 }
 
 const ALGORITHM_PANICKED: &str = "the adaptive algorithm panicked: use one that does not";
-
-// ===== Validation =====
-
-pub(crate) fn checked(limit: usize) -> Result<u32, ConfigError> {
-    match u32::try_from(limit) {
-        Ok(limit) if limit > 0 => Ok(limit),
-        _ => Err(ConfigError::new("limit", limit, "use 1 to 4294967295 calls")),
-    }
-}
-
-pub(crate) fn checked_bounds(
-    bounds: RangeInclusive<usize>,
-) -> Result<RangeInclusive<u32>, ConfigError> {
-    let (min, max) = (checked(*bounds.start())?, checked(*bounds.end())?);
-    if min > max {
-        return Err(ConfigError::new("adaptive.bounds", bounds, "put the lower one first"));
-    }
-    Ok(min..=max)
-}
-
-pub(crate) fn checked_queue(length: usize, longest_wait: Duration) -> Result<u32, ConfigError> {
-    match u32::try_from(length) {
-        Ok(0..=MOST_WAITING) if length > 0 && longest_wait < Duration::from_millis(1) => {
-            let remedy = "use 1ms or more, or a length of 0";
-            Err(ConfigError::new("queue.longest_wait", longest_wait, remedy))
-        }
-        Ok(length @ 0..=MOST_WAITING) => Ok(length),
-        _ => Err(ConfigError::new("queue.length", length, "use at most 2147483647")),
-    }
-}
-
-pub(crate) fn checked_max_unread(time: Option<Duration>) -> Result<Option<Duration>, ConfigError> {
-    time.map(|time| ConfigError::above_zero("max_unread", time)).transpose()
-}
-
-pub(crate) fn checked_order(order: QueueOrder) -> Result<QueueOrder, ConfigError> {
-    match order {
-        QueueOrder::Adaptive(longest) => {
-            ConfigError::above_zero("queue_order", longest).map(QueueOrder::Adaptive)
-        }
-        order => Ok(order),
-    }
-}
 
 impl fmt::Debug for ConcurrencyLimitHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -58,7 +58,7 @@
 //!
 //! # Exemptions, partitions and priorities
 //!
-//! The module [`sort`] exempts paths from the limit, divides the limit into partitions with a share each, and rejects
+//! The module [`partition`] exempts paths from the limit, divides the limit into partitions with a share each, and rejects
 //! calls by priority.
 //!
 //! # Health checks
@@ -76,7 +76,8 @@
 //!
 //! In [shadow mode](ConcurrencyLimitLayer::shadow) the limit rejects no call; it counts the calls that it would have
 //! rejected. The [handle](ConcurrencyLimitHandle) returns the calls in flight, the waiting times and the rejections by
-//! reason. It also changes the settings at run time: limit, bounds, queue and queue order.
+//! reason. It also changes the settings at run time. A setter of the layer does not: after the layer has built a service,
+//! the setter returns a layer with a limit of its own.
 //!
 //! # Position in the stack
 //!
@@ -109,10 +110,10 @@
 //! use buttress::{ConcurrencyLimitLayer, limit::CallPermit};
 //!
 //! async fn chat(upgrade: WebSocketUpgrade, Extension(held): Extension<CallPermit>) -> Response {
-//!     let place = held.take();
+//!     let permit = held.take();
 //!     upgrade.on_upgrade(async move |mut socket| {
 //!         while let Some(Ok(_)) = socket.recv().await {}
-//!         drop(place);
+//!         drop(permit);
 //!     })
 //! }
 //!
@@ -138,8 +139,8 @@
 //!
 //! A call that acquires its permit at once costs two atomic operations on one word, and no allocation, lock or clock
 //! read. An [adaptive](ConcurrencyLimitLayer::adaptive) limit adds two clock reads and four atomic operations;
-//! [partitions and priorities](sort) add a short lock. The memory of a fixed limit, a few hundred bytes, is never
-//! deallocated: after the last use of the limit, a new limit reuses it.
+//! [partitions and priorities](partition) add a short lock. A few hundred bytes of each limit are never
+//! deallocated: after the last use of the limit, a new limit reuses them.
 //!
 //! With [`max_unread`](ConcurrencyLimitLayer::max_unread), a response whose body has not ended with its head costs two
 //! more atomic operations on a word of its own and two stores per poll, and one task per limit watches all of them.
@@ -166,13 +167,17 @@
 //! response head. Both wait without a bound, in `poll_ready`.
 
 pub mod adaptive;
+mod check;
 mod handle;
 mod layer;
 mod limiter;
 pub mod partition;
 mod policy;
 mod queue;
-mod reuse;
+mod reader_slots;
+mod shared;
+mod sweeper;
+mod tag;
 mod upgrade;
 mod wait;
 

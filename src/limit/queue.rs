@@ -3,8 +3,8 @@
 //!
 //! # Structure
 //!
-//! There is one queue for the calls without a share and one for each partition, indexed by [`Line`]. A queue is a
-//! `BTreeMap` from entry number to [`Waiter`]. Numbers increase with each entry and are never reused, so the map is
+//! There is one queue for the calls without a share and one for each partition, indexed by [`PartitionIndex`]. A
+//! queue is a `BTreeMap` from entry number to [`QueuedCall`]. Numbers increase with each entry and are never reused, so the map is
 //! ordered by arrival: the first key has waited longest, the last key came last. Removal of any entry costs O(log n),
 //! which matters because a waiting call can be dropped at any time, and because [`QueueOrder::Lifo`] and priorities
 //! take entries from other places than the front.
@@ -14,13 +14,13 @@
 //!
 //! # The state of an entry
 //!
-//! A queue entry is identified by its [`Place`]. A waiting call owns it until the call takes over the permit or calls
+//! A queue entry is identified by its [`EntryId`]. A waiting call owns it until the call takes over the permit or calls
 //! [`leave`](Queue::leave). The entry is in one of three states, which follow from where it is:
 //!
-//! - in its queue: it waits ([`Turn::Waits`]).
-//! - in `lost`: a call of higher priority has displaced it ([`Turn::Lost`]).
-//! - in neither: it has received a permit ([`Turn::Come`]). The permit is already counted as in flight, and the owner
-//!   of the `Place` is responsible for it.
+//! - in its queue: it waits ([`Position::Queued`]).
+//! - in `displaced`: a call of higher priority has displaced it ([`Position::Displaced`]).
+//! - in neither: it has received a permit ([`Position::Granted`]). The permit is already counted as in flight, and the owner
+//!   of the `EntryId` is responsible for it.
 //!
 //! The owner may observe the state late, or never if it is dropped first. So `leave` returns the state, and the limit
 //! then corrects its counts: it removes a waiting caller, releases the permit that was received, or does nothing.
@@ -29,7 +29,7 @@
 //!
 //! - `len` is the number of entries in all queues. While the lock is free it equals the waiting count in the word of
 //!   the limit: each change updates both under one lock hold.
-//! - `ranks` contains an entry exactly while its queue does, if priorities were on when it joined.
+//! - `ranks` contains an entry exactly while its queue does, if priorities are on and were on when it joined.
 //! - Wakers are returned to the caller and never woken, cloned or dropped here, because they are user code and the lock
 //!   is held.
 
@@ -42,11 +42,14 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::partition::{Cutoff, Line, Priority, Shares};
+use super::partition::{PartitionIndex, Priority, PriorityThreshold, Shares};
 use crate::time::RecentLatency;
 
 /// A queue entry: the index of its queue and its number. Numbers increase with each entry and are never reused.
-pub(super) type Place = (Line, u64);
+pub(super) type EntryId = (PartitionIndex, u64);
+
+/// The maximum number of entries: the waiting count in the word of a limit has 31 bits.
+pub(super) const MAX_QUEUE_LENGTH: u32 = (1 << 31) - 1;
 
 /// The order in which queued calls acquire permits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,7 +69,7 @@ pub enum QueueOrder {
 
 /// A queue entry that waits.
 #[derive(Debug)]
-struct Waiter {
+struct QueuedCall {
     waker: Option<Waker>,
     since: Instant,
     priority: Priority,
@@ -74,13 +77,13 @@ struct Waiter {
 
 /// The state of a queue entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Turn {
+pub(super) enum Position {
     /// It is in the queue.
-    Waits,
+    Queued,
     /// It has received a permit.
-    Come,
+    Granted,
     /// It has been removed for a call of higher priority.
-    Lost,
+    Displaced,
 }
 
 /// Whether a waker is registered for a queue entry.
@@ -94,33 +97,33 @@ pub(super) enum Registered {
 /// The queues of one limit. See the module for the invariants.
 #[derive(Debug)]
 pub(super) struct Queue {
-    /// The queues, indexed by [`Line`]: the calls without a share, then one queue for each partition.
-    lines: Vec<BTreeMap<u64, Waiter>>,
+    /// The queues, by [`PartitionIndex`]: the calls without a share, then one queue for each partition.
+    queues: Vec<BTreeMap<u64, QueuedCall>>,
     /// The number of entries in all queues.
     len: usize,
     /// The number of the next entry.
     next: u64,
     order: QueueOrder,
     /// The entries by queue, priority and arrival, the latest arrival first. Empty without priorities.
-    ranks: BTreeSet<(Line, Priority, Reverse<u64>)>,
+    ranks: BTreeSet<(PartitionIndex, Priority, Reverse<u64>)>,
     /// The numbers of displaced entries whose owner has not called [`leave`](Self::leave) yet.
-    lost: BTreeSet<u64>,
+    displaced: BTreeSet<u64>,
     pub(super) shares: Shares,
-    pub(super) cutoff: Option<Cutoff>,
+    pub(super) threshold: Option<PriorityThreshold>,
     pub(super) waits: RecentLatency,
 }
 
 impl Default for Queue {
     fn default() -> Self {
         Self {
-            lines: vec![BTreeMap::new()],
+            queues: vec![BTreeMap::new()],
             len: 0,
             next: 0,
             order: QueueOrder::default(),
             ranks: BTreeSet::new(),
-            lost: BTreeSet::new(),
+            displaced: BTreeSet::new(),
             shares: Shares::default(),
-            cutoff: None,
+            threshold: None,
             waits: RecentLatency::default(),
         }
     }
@@ -131,154 +134,185 @@ impl Queue {
         self.order = order;
     }
 
+    /// Returns a queue without entries and with the same settings.
+    pub(super) fn fork(&self) -> Self {
+        let mut fork = Self { order: self.order, ..Self::default() };
+        fork.set_shares(&self.shares.ratios());
+        fork.set_shed_by_priority(self.threshold.is_some());
+        fork
+    }
+
+    /// Turns rejection by priority on or off.
+    pub(super) fn set_shed_by_priority(&mut self, on: bool) {
+        self.threshold = on.then(PriorityThreshold::new);
+        if !on {
+            self.ranks.clear();
+        }
+    }
+
     /// Sets the shares of the partitions. There are never fewer queues than before, so that no waiting caller loses its
     /// entry.
     pub(super) fn set_shares(&mut self, ratios: &[f64]) {
         self.shares.set(ratios);
-        let lines = self.shares.lines().max(self.lines.len());
-        self.lines.resize_with(lines, BTreeMap::new);
+        let indices = self.shares.indices().max(self.queues.len());
+        self.queues.resize_with(indices, BTreeMap::new);
     }
 
     /// Adds an entry at the end of a queue.
-    pub(super) fn join(&mut self, line: Line, priority: Priority, now: Instant) -> Place {
+    pub(super) fn join(
+        &mut self,
+        index: PartitionIndex,
+        priority: Priority,
+        now: Instant,
+    ) -> EntryId {
         let number = self.next;
         self.next += 1;
         self.len += 1;
-        if self.cutoff.is_some() {
-            self.ranks.insert((line, priority, Reverse(number)));
+        if self.threshold.is_some() {
+            self.ranks.insert((index, priority, Reverse(number)));
         }
-        self.line(line).insert(number, Waiter { waker: None, since: now, priority });
-        (line, number)
+        self.queue(index).insert(number, QueuedCall { waker: None, since: now, priority });
+        (index, number)
     }
 
     /// Displaces the entry of the lowest priority in this queue, of several the latest, if its priority is lower than
     /// `priority`. Returns the waker of the displaced entry, if it has registered one; `None` if no entry is displaced.
-    pub(super) fn displace(&mut self, line: Line, priority: Priority) -> Option<Option<Waker>> {
-        let least = (line, Priority::new(0), Reverse(u64::MAX));
-        let (found, worth, Reverse(number)) = *self.ranks.range(least..).next()?;
-        if found != line || worth >= priority {
+    pub(super) fn displace(
+        &mut self,
+        index: PartitionIndex,
+        priority: Priority,
+    ) -> Option<Option<Waker>> {
+        let first = (index, Priority::new(0), Reverse(u64::MAX));
+        let (found, min_priority, Reverse(number)) = *self.ranks.range(first..).next()?;
+        if found != index || min_priority >= priority {
             return None;
         }
-        let waiter = self.remove((line, number))?;
-        self.lost.insert(number);
-        Some(waiter.waker)
+        let call = self.remove((index, number))?;
+        self.displaced.insert(number);
+        Some(call.waker)
     }
 
     /// Removes an entry that waits.
-    fn remove(&mut self, (line, number): Place) -> Option<Waiter> {
-        let waiter = self.line(line).remove(&number)?;
-        self.ranks.remove(&(line, waiter.priority, Reverse(number)));
+    fn remove(&mut self, (index, number): EntryId) -> Option<QueuedCall> {
+        let call = self.queue(index).remove(&number)?;
+        self.ranks.remove(&(index, call.priority, Reverse(number)));
         self.len -= 1;
-        Some(waiter)
+        Some(call)
     }
 
     /// Returns the queue of this index.
-    fn line(&mut self, line: Line) -> &mut BTreeMap<u64, Waiter> {
-        &mut self.lines[usize::from(line)]
+    fn queue(&mut self, index: PartitionIndex) -> &mut BTreeMap<u64, QueuedCall> {
+        &mut self.queues[usize::from(index)]
     }
 
     /// Returns the state of this queue entry. If it waits and another waker than `current` is registered for it,
     /// registers `clone`, a clone of `current`, if there is one.
-    pub(super) fn look(
+    pub(super) fn position(
         &mut self,
-        (line, number): Place,
+        (index, number): EntryId,
         current: &Waker,
         clone: Option<Waker>,
-    ) -> (Turn, Registered) {
-        let Some(waiter) = self.line(line).get_mut(&number) else {
-            let lost = self.lost.contains(&number);
-            return (if lost { Turn::Lost } else { Turn::Come }, Registered::Done(clone));
+    ) -> (Position, Registered) {
+        let Some(call) = self.queue(index).get_mut(&number) else {
+            let is_displaced = self.displaced.contains(&number);
+            return (
+                if is_displaced { Position::Displaced } else { Position::Granted },
+                Registered::Done(clone),
+            );
         };
-        let is_known = waiter.waker.as_ref().is_some_and(|known| known.will_wake(current));
+        let is_known = call.waker.as_ref().is_some_and(|known| known.will_wake(current));
         let registered = match clone {
             clone if is_known => Registered::Done(clone),
-            Some(clone) => Registered::Done(waiter.waker.replace(clone)),
+            Some(clone) => Registered::Done(call.waker.replace(clone)),
             None => Registered::NeedsWaker,
         };
-        (Turn::Waits, registered)
+        (Position::Queued, registered)
     }
 
     /// Ends the ownership of an entry. Returns its last state, and the waker of an entry that waited.
-    pub(super) fn leave(&mut self, place: Place) -> (Turn, Option<Waker>) {
-        if let Some(waiter) = self.remove(place) {
-            return (Turn::Waits, waiter.waker);
+    pub(super) fn leave(&mut self, entry: EntryId) -> (Position, Option<Waker>) {
+        if let Some(call) = self.remove(entry) {
+            return (Position::Queued, call.waker);
         }
-        (if self.lost.remove(&place.1) { Turn::Lost } else { Turn::Come }, None)
+        (
+            if self.displaced.remove(&entry.1) { Position::Displaced } else { Position::Granted },
+            None,
+        )
     }
 
-    /// Returns the queue that receives the next permit, if a permit is free and a queue may have it. `inside` is the
-    /// number of calls in flight.
+    /// Returns the queue that receives the next permit, if a permit is free and a queue may have it. `in_flight` is
+    /// the number of calls in flight.
     ///
     /// Partitions that use less than their share come first, of several the one that uses the smallest part of it.
     /// Otherwise it is the queue with the oldest entry, of those that may borrow. `now` is called only if borrowing has
     /// to be decided.
-    pub(super) fn turn(
+    pub(super) fn next_index(
         &self,
         limit: u32,
-        inside: u32,
+        in_flight: u32,
         now: impl FnOnce() -> Instant,
-    ) -> Option<Line> {
-        if self.len == 0 || inside >= limit {
+    ) -> Option<PartitionIndex> {
+        if self.len == 0 || in_flight >= limit {
             return None;
         }
-        if self.lines.len() == 1 {
+        if self.queues.len() == 1 {
             return Some(0);
         }
-        let waiting = (0..=u8::MAX).zip(&self.lines).filter(|(_, waiting)| !waiting.is_empty());
-        let owners = waiting.clone().filter_map(|(line, _)| {
-            self.shares.fullness(line, limit).map(|fullness| (fullness, line))
-        });
-        if let Some((_, line)) = owners.min_by(|a, b| a.0.total_cmp(&b.0)) {
-            return Some(line);
+        let waiting = (0..=u8::MAX).zip(&self.queues).filter(|(_, waiting)| !waiting.is_empty());
+        let owners = waiting
+            .clone()
+            .filter_map(|(index, _)| self.shares.usage(index, limit).map(|usage| (usage, index)));
+        if let Some((_, index)) = owners.min_by(|a, b| a.0.total_cmp(&b.0)) {
+            return Some(index);
         }
         let now = now();
         waiting
-            .filter(|(line, _)| self.shares.may(*line, limit, inside, now))
+            .filter(|(index, _)| self.shares.can_enter(*index, limit, in_flight, now))
             .min_by_key(|(_, waiting)| waiting.first_key_value().map(|(number, _)| *number))
-            .map(|(line, _)| line)
+            .map(|(index, _)| index)
     }
 
     /// Removes the next entry of this queue, by the queue order, and counts it as admitted. Returns its waker. The
     /// caller has counted its permit as in flight already.
-    pub(super) fn next(&mut self, line: Line, now: Instant) -> Option<Waker> {
+    pub(super) fn grant(&mut self, index: PartitionIndex, now: Instant) -> Option<Waker> {
         let order = self.order;
-        let waiting = &self.lines[usize::from(line)];
+        let waiting = &self.queues[usize::from(index)];
         let newest_first = match order {
             QueueOrder::Fifo => false,
             QueueOrder::Lifo => true,
-            QueueOrder::Adaptive(longest) => waiting
+            QueueOrder::Adaptive(max) => waiting
                 .first_key_value()
-                .is_some_and(|(_, head)| now.saturating_duration_since(head.since) >= longest),
+                .is_some_and(|(_, head)| now.saturating_duration_since(head.since) >= max),
         };
-        let turn = if newest_first { waiting.last_key_value() } else { waiting.first_key_value() };
-        let number = turn.map(|(number, _)| *number);
-        self.entered(line);
-        let waiter = self.remove((line, number?))?;
-        self.waits.record(now.saturating_duration_since(waiter.since), now);
-        waiter.waker
+        let first = if newest_first { waiting.last_key_value() } else { waiting.first_key_value() };
+        let number = first.map(|(number, _)| *number);
+        self.record_admission(index);
+        let call = self.remove((index, number?))?;
+        self.waits.record(now.saturating_duration_since(call.since), now);
+        call.waker
     }
 
     /// Counts an admitted call of this queue.
-    pub(super) fn entered(&mut self, line: Line) {
-        self.shares.enter(line);
-        if let Some(cutoff) = &mut self.cutoff {
-            cutoff.entered();
+    pub(super) fn record_admission(&mut self, index: PartitionIndex) {
+        self.shares.record_admission(index);
+        if let Some(threshold) = &mut self.threshold {
+            threshold.record_admission();
         }
     }
 
     /// Records the waiting time of an entry that is rejected because its maximum wait or its deadline has passed.
-    pub(super) fn gives_up(&mut self, (line, number): Place, now: Instant) {
-        if let Some(waiter) = self.line(line).get(&number) {
-            let waited = now.saturating_duration_since(waiter.since);
+    pub(super) fn record_wait(&mut self, (index, number): EntryId, now: Instant) {
+        if let Some(call) = self.queue(index).get(&number) {
+            let waited = now.saturating_duration_since(call.since);
             self.waits.record(waited, now);
         }
     }
 
     /// Counts a call of this queue that was rejected because no permit was free.
-    pub(super) fn refused(&mut self, line: Line, limit: u32, now: Instant) {
-        self.shares.refuse(line, limit, now);
-        if let Some(cutoff) = &mut self.cutoff {
-            cutoff.crowded();
+    pub(super) fn record_rejection(&mut self, index: PartitionIndex, limit: u32, now: Instant) {
+        self.shares.record_rejection(index, limit, now);
+        if let Some(threshold) = &mut self.threshold {
+            threshold.record_no_room();
         }
     }
 }

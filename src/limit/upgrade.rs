@@ -6,11 +6,11 @@ use std::{
     time::Duration,
 };
 
-use super::limiter::Limiter;
+use super::shared::LimitPermit;
 use crate::{
     classify::Classifier,
     outcome::{CallerDeadline, HealthCall, Outcome, SentMark, UpstreamClock, WaitsFor},
-    permit::{Measures, Permit, Release, ReleaseAt, ShardOrSlot, StateRef, Token},
+    permit::{Measures, Permit, Release, ReleaseAt, StateRef, Token},
     time::Deadline,
 };
 use http::Request;
@@ -39,7 +39,7 @@ impl CallPermit {
         state.holder = holder;
         drop(state);
         let outer = self.0.outer.as_ref().and_then(Self::take).map(Box::new);
-        Some(OwnedPermit { of: Of::Call(self.0.clone()), _outer: outer })
+        Some(OwnedPermit { source: PermitSource::Call(self.0.clone()), _outer: outer })
     }
 }
 
@@ -55,36 +55,39 @@ impl fmt::Debug for CallPermit {
 /// The time for which it is held is not a latency, so an adaptive limit does not use it as a sample.
 #[must_use = "the permit is released when this is dropped"]
 pub struct OwnedPermit {
-    of: Of,
+    source: PermitSource,
     _outer: Option<Box<OwnedPermit>>,
 }
 
-enum Of {
+enum PermitSource {
     Call(Arc<UpgradeSlot>),
-    Nobody(Permit<ShardOrSlot<Limiter>>),
+    /// No call: the permit was acquired through a handle.
+    Handle(LimitPermit),
 }
 
 impl OwnedPermit {
-    pub(super) fn own(permit: Permit<ShardOrSlot<Limiter>>) -> Self {
-        Self { of: Of::Nobody(permit), _outer: None }
+    pub(super) fn acquired(permit: LimitPermit) -> Self {
+        Self { source: PermitSource::Handle(permit), _outer: None }
     }
 }
 
 impl Drop for OwnedPermit {
     fn drop(&mut self) {
-        match &mut self.of {
+        match &mut self.source {
             // The time for which the handler holds the permit is not attributed to the upstream.
-            Of::Call(slot) => slot.leave(Holder::Call, Outcome::cancelled(), UpstreamClock::OFF),
-            Of::Nobody(permit) => permit.release_mut(Outcome::cancelled()),
+            PermitSource::Call(slot) => {
+                slot.release_part(Holder::Call, Outcome::cancelled(), UpstreamClock::OFF)
+            }
+            PermitSource::Handle(permit) => permit.release_mut(Outcome::cancelled()),
         }
     }
 }
 
 impl fmt::Debug for OwnedPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.of {
-            Of::Call(_) => "HeldPlace(of a call)",
-            Of::Nobody(_) => "OwnedPermit",
+        f.write_str(match self.source {
+            PermitSource::Call(_) => "OwnedPermit(of a call)",
+            PermitSource::Handle(_) => "OwnedPermit",
         })
     }
 }
@@ -110,13 +113,13 @@ struct UpgradeState {
 /// The holders of the permit. The last of them releases it.
 ///
 /// `Call` becomes `Both` when the handler takes the permit, and `Both` becomes `Call` or `Handler` when one of the two
-/// gives up its part. `Nobody` is final.
+/// gives up its part. `Released` is final.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Holder {
     Call,
     Both,
     Handler,
-    Nobody,
+    Released,
 }
 
 impl UpgradeSlot {
@@ -135,13 +138,13 @@ impl UpgradeSlot {
 
     /// Gives up the part of the call or of the handler. If both held the permit, `rest` is the remaining holder.
     /// Otherwise the permit is released, with this outcome and clock.
-    fn leave(&self, rest: Holder, outcome: Outcome, clock: UpstreamClock) {
+    fn release_part(&self, rest: Holder, outcome: Outcome, clock: UpstreamClock) {
         let mut state = self.lock();
         if state.holder == Holder::Both {
             state.holder = rest;
             return;
         }
-        state.holder = Holder::Nobody;
+        state.holder = Holder::Released;
         let mut permit = state.permit.take();
         // The release wakes queued callers, which must happen without the lock.
         drop(state);
@@ -152,7 +155,7 @@ impl UpgradeSlot {
 
 impl Release for UpgradeSlot {
     fn release(&self, token: Token, outcome: Outcome) {
-        self.leave(Holder::Handler, outcome, token.clock);
+        self.release_part(Holder::Handler, outcome, token.clock);
     }
 
     fn record_head(&self, token: &mut Token, so_far: Outcome) {
@@ -222,7 +225,7 @@ pub struct Upgrades<M>(pub(super) M);
 
 /// The state of a call that may be upgraded.
 #[derive(Debug)]
-pub struct Lent<C> {
+pub struct UpgradableCall<C> {
     call: C,
     measuring_permit: MeasuringPermit,
 }
@@ -254,7 +257,7 @@ where
     M: Classifier<Request<ReqB>, Res, E>,
 {
     type Response = M::Response;
-    type Call = Lent<M::Call>;
+    type Call = UpgradableCall<M::Call>;
 
     fn deadline(&self, request: &Request<ReqB>) -> Option<Deadline> {
         self.0.deadline(request)
@@ -272,7 +275,7 @@ where
         &self,
         request: &mut Request<ReqB>,
         permit: impl FnOnce() -> Permit<G>,
-    ) -> Lent<M::Call> {
+    ) -> UpgradableCall<M::Call> {
         let deadline = CallerDeadline::of(self.deadline(request));
         // The slot takes the permit of the admission, so the inner protocol gets a spent one.
         let call = self.0.begin(request, Permit::<G>::spent);
@@ -285,11 +288,11 @@ where
         let permit =
             Permit::of(&slot, Token::default()).with_record_of(&slot.lock().permit).erase();
         request.extensions_mut().insert(CallPermit(slot));
-        Lent { call, measuring_permit: MeasuringPermit { permit, mark } }
+        UpgradableCall { call, measuring_permit: MeasuringPermit { permit, mark } }
     }
 
-    fn call_permit(lent: &mut Lent<M::Call>) -> Option<&mut Permit> {
-        Some(&mut lent.measuring_permit.permit)
+    fn call_permit(upgradable: &mut UpgradableCall<M::Call>) -> Option<&mut Permit> {
+        Some(&mut upgradable.measuring_permit.permit)
     }
 
     fn wrap(response: Res) -> M::Response {
@@ -297,11 +300,11 @@ where
     }
 
     fn judge<G: StateRef>(
-        mut lent: Lent<M::Call>,
+        mut upgradable: UpgradableCall<M::Call>,
         result: Result<&mut M::Response, &E>,
-        _taken_at_the_beginning: &mut Permit<G>,
+        _: &mut Permit<G>,
     ) {
-        lent.measuring_permit.set_clock();
-        M::judge(lent.call, result, &mut lent.measuring_permit.permit);
+        upgradable.measuring_permit.set_clock();
+        M::judge(upgradable.call, result, &mut upgradable.measuring_permit.permit);
     }
 }

@@ -9,13 +9,11 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::{
-    limiter::Limiter,
-    queue::{Place, Turn},
-    reuse::Limit,
+    queue::{EntryId, Position},
+    shared::{LimitPermit, SharedLimiter},
 };
 use crate::{
     outcome::{Rejected, RejectedKind},
-    permit::{Permit, ShardOrSlot},
     time::has_passed,
 };
 
@@ -23,8 +21,8 @@ pin_project! {
     /// A call that waits in the queue. It completes with the permit or with the rejection.
     ///
     /// Dropping it at any point removes the queue entry, or passes on a permit that the entry has just received.
-    pub struct Wait {
-        place: Seat,
+    pub struct PermitWait {
+        entry: OwnedEntry,
         deadline: Option<Instant>,
         // The end of the wait: the maximum wait or the deadline, whichever is earlier.
         until: Instant,
@@ -36,73 +34,67 @@ pin_project! {
     }
 }
 
-impl Wait {
-    pub(super) fn new(limiter: Limit, place: Place, deadline: Option<Instant>) -> Self {
-        let longest = limiter.longest_wait();
-        // The `Seat` is made first: outside of a runtime `sleep` panics, and then the drop of the `Seat` removes the
-        // queue entry.
-        let place = Seat { taken: Some((limiter.clone(), place)) };
+impl PermitWait {
+    pub(super) fn new(limiter: SharedLimiter, entry: EntryId, deadline: Option<Instant>) -> Self {
+        let max_wait = limiter.max_wait();
+        // The `OwnedEntry` is made first: outside of a runtime `sleep` panics, and then its drop removes the entry.
+        let entry = OwnedEntry(Some((limiter.clone(), entry)));
         // `sleep` accepts any duration, while an addition to the current time could overflow.
-        let longest = sleep(longest).deadline();
-        let until = deadline.map_or(longest, |deadline| deadline.min(longest));
-        let timer = sleep_until(limiter.look_by(until));
-        Self { place, deadline, until, is_new: true, timer }
+        let until = sleep(max_wait).deadline();
+        let until = deadline.map_or(until, |deadline| deadline.min(until));
+        let timer = sleep_until(limiter.recheck_at(until));
+        Self { entry, deadline, until, is_new: true, timer }
     }
 }
 
 /// A queue entry. Its drop removes the entry, or passes on the permit that the entry has received.
-struct Seat {
-    taken: Option<(Limit, Place)>,
-}
+struct OwnedEntry(Option<(SharedLimiter, EntryId)>);
 
-impl Drop for Seat {
+impl Drop for OwnedEntry {
     fn drop(&mut self) {
-        if let Some((limiter, place)) = self.taken.take() {
-            limiter.leave(place);
+        if let Some((limiter, entry)) = self.0.take() {
+            limiter.leave_queue(entry);
         }
     }
 }
 
-impl Future for Wait {
-    type Output = Result<Permit<ShardOrSlot<Limiter>>, Rejected>;
+impl Future for PermitWait {
+    type Output = Result<LimitPermit, Rejected>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        let Some((limiter, place)) = &this.place.taken else {
-            unreachable!("polled after completion")
-        };
+        let Some((limiter, entry)) = &this.entry.0 else { unreachable!("polled after completion") };
         let kind = loop {
             // A permit takes precedence over the end of the maximum wait, but not over the deadline: after the deadline
             // the response is of no use.
-            match limiter.look(*place, mem::take(this.is_new), cx) {
-                Turn::Come if !has_passed(*this.deadline) => {
-                    let permit = limiter.permit(limiter.begin_in(place.0, limiter.in_flight()));
-                    this.place.taken = None;
+            match limiter.poll_position(*entry, mem::take(this.is_new), cx) {
+                Position::Granted if !has_passed(*this.deadline) => {
+                    let permit = limiter.permit(limiter.start_in(entry.0, limiter.in_flight()));
+                    this.entry.0 = None;
                     return Poll::Ready(Ok(permit));
                 }
-                Turn::Come => break RejectedKind::DeadlinePassed,
-                Turn::Lost => break RejectedKind::Outranked,
-                Turn::Waits => {}
+                Position::Granted => break RejectedKind::DeadlinePassed,
+                Position::Displaced => break RejectedKind::Outranked,
+                Position::Queued => {}
             }
             ready!(this.timer.as_mut().poll(cx));
             if this.timer.deadline() >= *this.until {
-                let late = has_passed(*this.deadline);
-                break if late {
+                break if has_passed(*this.deadline) {
                     RejectedKind::DeadlinePassed
                 } else {
                     RejectedKind::WaitedTooLong
                 };
             }
             // The timer fired before `until`: a reservation of another partition may have expired. That makes permits
-            // available without a release that would hand them over.
-            limiter.hand_over();
-            this.timer.as_mut().reset(limiter.look_by(*this.until));
+            // available without a release that would pass them on.
+            limiter.grant_next();
+            this.timer.as_mut().reset(limiter.recheck_at(*this.until));
         };
-        limiter.waited_in_vain(*place);
-        let away = limiter.turn_away(kind).map(|token| limiter.permit(token));
-        // The entry may receive a permit before it is removed here. In that case the drop of the `Seat` passes the
+        limiter.record_timeout(*entry);
+        let rejected = limiter.reject(kind).map(|token| limiter.permit(token));
+        // The entry may receive a permit before it is removed here. In that case the drop of the `OwnedEntry` passes the
         // permit to the next entry.
-        drop(this.place.taken.take().map(|taken| Seat { taken: Some(taken) }));
-        Poll::Ready(away)
+        drop(this.entry.0.take().map(|entry| OwnedEntry(Some(entry))));
+        Poll::Ready(rejected)
     }
 }

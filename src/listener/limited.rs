@@ -162,7 +162,7 @@ impl LimitedListener {
 
     /// Acquires the permit of a new connection. If the listener is full, it reclaims a slot first.
     async fn acquire(&mut self) -> Result<OwnedPermit, Rejected> {
-        if self.limit.in_flight() >= self.limit.0.limit() && self.slots.reclaim() {
+        if self.limit.in_flight() >= self.limit.limit() && self.slots.reclaim() {
             // The task of the reclaimed connection closes it, and so releases its permit.
             if let Ok(permit) = timeout(RECLAIM_TIMEOUT, self.limit.acquire()).await {
                 return permit;

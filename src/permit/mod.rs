@@ -49,7 +49,6 @@
 //! orderings, `state_ref` the two kinds of references, `body` the end of responses.
 
 mod body;
-mod free_list;
 mod permit;
 mod sharded;
 mod slot;
@@ -57,7 +56,6 @@ mod state_ref;
 pub(crate) mod unread;
 
 pub use self::body::TrackedBody;
-pub(crate) use self::free_list::Idle;
 pub(crate) use self::sharded::{ShardedArc, ShardedRef};
 pub(crate) use self::{
     body::EitherBody,

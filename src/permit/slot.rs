@@ -87,11 +87,13 @@ pub struct Slot<O: SlotOwner> {
     registration: modelled::Mutex<Registration<O>>,
 }
 
-struct Registration<O> {
+struct Registration<O: SlotOwner> {
     /// The number of owners that have unregistered.
     generation: u64,
     /// `None` while the slot is free or its owner has not registered.
     owner: Option<Weak<O>>,
+    /// The reference that the free list gets: a permit reaches the slot by a reference of unknown lifetime. Set once.
+    this: Option<&'static Slot<O>>,
 }
 
 impl<O: SlotOwner> Slot<O> {
@@ -100,8 +102,12 @@ impl<O: SlotOwner> Slot<O> {
         // Nothing outlives a loom model, so each model has slots of its own.
         let free = if cfg!(buttress_loom) { None } else { O::free_slots().pop() };
         free.unwrap_or_else(|| {
-            let registration = modelled::Mutex::new(Registration { generation: 0, owner: None });
-            Box::leak(Box::new(Self { word: O::Word::default(), registration }))
+            let registration = Registration { generation: 0, owner: None, this: None };
+            let registration = modelled::Mutex::new(registration);
+            let slot: &'static Self =
+                Box::leak(Box::new(Self { word: O::Word::default(), registration }));
+            slot.registration.lock().this = Some(slot);
+            slot
         })
     }
 
@@ -120,8 +126,9 @@ impl<O: SlotOwner> Slot<O> {
     }
 
     /// Puts the slot on the free list. Requires that no owner is registered.
-    pub(crate) fn recycle(&'static self) {
-        O::free_slots().0.lock().push(self);
+    pub(crate) fn recycle(&self) {
+        let this = self.registration.lock().this;
+        O::free_slots().0.lock().extend(this);
     }
 
     #[inline]
@@ -133,6 +140,12 @@ impl<O: SlotOwner> Slot<O> {
     /// the lock of the registration.
     pub(crate) fn owner_if(&self, is_current: impl FnOnce(&O::Word) -> bool) -> Option<Arc<O>> {
         self.find(|_| is_current(&self.word))
+    }
+
+    /// Returns the registered owner, if it still exists.
+    #[cfg(feature = "limit")]
+    pub(crate) fn owner(&self) -> Option<Arc<O>> {
+        self.find(|_| true)
     }
 
     fn find(&self, is_current: impl FnOnce(&Registration<O>) -> bool) -> Option<Arc<O>> {

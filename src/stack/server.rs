@@ -175,7 +175,6 @@ impl ServerHandle {
         let stack = &self.stack;
         next.deadline.update(&stack.deadline.handle()).map_err(one)?;
         stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
-        next.limit.update(&stack.limit.handle()).map_err(one)?;
-        Ok(())
+        next.limit.update(&stack.limit.handle()).map_err(one)
     }
 }

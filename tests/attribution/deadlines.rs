@@ -446,7 +446,7 @@ async fn short_deadlines_of_callers_do_not_change_an_adaptive_limit() {
 
     /// Returns the mean limit in front of 20 workers in the last 10 of 20 s. They receive more calls than they can
     /// serve.
-    async fn limit(algorithm: impl Algorithm, short_deadlines: bool) -> u32 {
+    async fn limit(algorithm: impl Algorithm + Clone, short_deadlines: bool) -> u32 {
         fastrand::seed(7);
         let workers = Arc::new(Semaphore::new(20));
         let layer = ConcurrencyLimitLayer::adaptive(algorithm);

@@ -510,7 +510,7 @@ async fn a_limit_with_upgrades_measures_as_without() {
 
 #[tokio::test(start_paused = true)]
 async fn a_limit_with_upgrades_measures_a_queued_call_from_its_permit_on() {
-    #[derive(Debug)]
+    #[derive(Clone, Debug)]
     struct OneCall(Recorder);
 
     impl Algorithm for OneCall {

@@ -64,7 +64,7 @@ async fn shadow_mode_refuses_nobody_and_counts_who_would_be() {
     let _third = hold(&service);
     assert_eq!((handle.in_flight(), handle.snapshot().shadowed), (2, 5));
 
-    handle.shadow(false);
+    handle.set_shadow(false);
     assert_pending!(task::spawn(service.clone().oneshot(request())).poll());
     handle.set_queue(0, Duration::ZERO).unwrap();
     assert_eq!(refused(&service).await, RejectedKind::Full);
@@ -78,7 +78,7 @@ async fn shadow_mode_lets_through_who_has_waited_in_vain() {
     let (service, watch, handle) = over(&ConcurrencyLimitLayer::new(1).queue(5, 100 * MS));
     let _first = hold(&service);
     let mut waiting = hold(&service);
-    handle.shadow(true);
+    handle.set_shadow(true);
     advance(100 * MS).await;
     assert_pending!(waiting.poll());
     assert_eq!((watch.seen().calls, handle.snapshot().waiting, handle.in_flight()), (2, 0, 1));
@@ -102,7 +102,7 @@ async fn shadow_mode_hides_what_is_beyond_from_the_algorithm() {
 }
 
 /// A limit of one. Each change reports the number of samples so far as its limit.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Heard(u32);
 
 impl Algorithm for Heard {
@@ -116,6 +116,56 @@ impl Algorithm for Heard {
         self.0 += 1;
         Some(LimitChange { limit: self.0, reason: ChangeReason::Other("heard") })
     }
+}
+
+// ===== Clones of a layer =====
+
+#[tokio::test(start_paused = true)]
+async fn setter_of_a_clone_does_not_change_a_service_that_was_built() {
+    let layer = ConcurrencyLimitLayer::new(1).name("first");
+    let handle = layer.handle();
+    // Before the first service, setters act on the shared state.
+    let layer = layer.queue(0, Duration::ZERO);
+    let (service, _watch, _) = over(&layer);
+    let other = layer.clone().queue(1, Duration::from_secs(1)).shadow();
+    let _call = hold(&service);
+    assert_eq!(refused(&service).await, RejectedKind::Full);
+    assert_eq!((handle.in_flight(), handle.snapshot().rejected()), (1, 1));
+    // The clone has a limit of its own, with the settings of the first.
+    let forked = other.handle();
+    assert_eq!((forked.limit(), forked.in_flight(), forked.snapshot().rejected()), (1, 0, 0));
+    let (service, _watch, _) = over(&other);
+    let _calls = [hold(&service), hold(&service)];
+    assert_eq!((forked.in_flight(), forked.snapshot().shadowed), (1, 1));
+    assert_eq!((handle.in_flight(), handle.snapshot().shadowed), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn setter_of_a_clone_copies_the_algorithm() {
+    let layer = ConcurrencyLimitLayer::adaptive(Heard::default());
+    let (service, watch, handle) = over(&layer);
+    let fork = layer.clone().retry_after(MS).handle();
+    for number in 0..3 {
+        let mut call = hold(&service);
+        watch.end(number, Ok(empty()));
+        drop(assert_ready_ok!(call.poll()));
+    }
+    assert_eq!((handle.limit(), fork.limit()), (3, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn settings_change_through_the_handle() {
+    let layer = ConcurrencyLimitLayer::new(1);
+    let (service, watch, handle) = over(&layer);
+    handle.set_release_at_head(true);
+    let mut call = hold(&service);
+    watch.end(0, Ok(hello()));
+    let response = assert_ready_ok!(call.poll());
+    assert_eq!(handle.in_flight(), 0, "released at the head");
+    drop(response);
+    assert!(handle.set_count_cancelled_after(Duration::from_secs(1)).is_err(), "a fixed limit");
+    assert!(handle.set_count_cancelled_after(None).is_ok());
+    handle.set_until_body_end(true);
 }
 
 // ===== Waits =====
@@ -170,7 +220,7 @@ async fn refusals_are_told_by_reason() {
         told.rejected_outranked,
         told.shadowed,
     ];
-    assert_eq!((by_reason, told.refused()), ([2, 1, 1, 0, 0], 4));
+    assert_eq!((by_reason, told.rejected()), ([2, 1, 1, 0, 0], 4));
 }
 
 // ===== Changes =====
@@ -215,7 +265,7 @@ async fn the_queue_changes_while_calls_wait() {
 
 #[tokio::test(start_paused = true)]
 async fn an_algorithm_gets_other_bounds_while_it_runs() {
-    fn bounded(algorithm: impl Algorithm) {
+    fn bounded(algorithm: impl Algorithm + Clone) {
         let name = format!("{algorithm:?}");
         let layer = ConcurrencyLimitLayer::adaptive(algorithm);
         let (service, _watch, handle) = over(&layer);

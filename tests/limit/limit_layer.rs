@@ -98,8 +98,8 @@ async fn bad_config_is_a_typed_error() {
     let second = Duration::from_secs(1);
     let mut bad = vec![
         (ConcurrencyLimitLayer::new(0), "limit", "0", "use 1 to"),
-        (good().queue(1, Duration::ZERO), "queue.longest_wait", "0ns", "1ms or more"),
-        (good().queue(1, Duration::from_micros(999)), "queue.longest_wait", "999µs", "1ms or more"),
+        (good().queue(1, Duration::ZERO), "queue.max_wait", "0ns", "1ms or more"),
+        (good().queue(1, Duration::from_micros(999)), "queue.max_wait", "999µs", "1ms or more"),
         (
             good().queue_order(QueueOrder::Adaptive(Duration::ZERO)),
             "queue_order",
@@ -631,7 +631,7 @@ async fn who_is_never_refused_waits_on_for_the_inner_service() {
         watch.set_ready(false);
         let layer = ConcurrencyLimitLayer::new(1);
         let handle = layer.handle();
-        handle.shadow(shadow);
+        handle.set_shadow(shadow);
         let mut request = request();
         request.extensions_mut().insert(Deadline::after(Duration::from_millis(300)));
         let mut call = if shadow {

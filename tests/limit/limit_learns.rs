@@ -137,7 +137,7 @@ async fn what_asks_for_less_is_a_drop() {
     // A status in the trailers is recorded when they arrive, whether the head or the end is measured.
     for until_body_end in [false, true] {
         if until_body_end {
-            let _ = layer.clone().until_body_end();
+            layer.handle().set_until_body_end(true);
         }
         watch.script([Then::Answer(grpc([Piece::data("a"), Piece::Trailers(trailers("4"))]))]);
         let response = service.clone().oneshot(request()).await.unwrap();

@@ -83,7 +83,7 @@ async fn limit_is_not_touched_by_calls_of_one_that_is_gone() {
             assert_pending!(call.poll());
             call
         });
-        let by_hand = sorted.handle().acquire().await.unwrap();
+        let by_hand = sorted.handle().limit().acquire().await.unwrap();
         // A permit for an upgrade, with one limit inside of another.
         let (inner, outer) = (layer().upgrades(), layer().upgrades());
         let held = Arc::new(Mutex::new(None));

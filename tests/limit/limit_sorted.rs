@@ -72,8 +72,8 @@ impl Subject for One {
     }
 
     fn taken(&self) -> usize {
-        assert_eq!(self.handle.in_flight(), self.handle.partitions()[0].in_flight);
-        self.handle.in_flight() as usize - usize::from(self.occupant.is_some())
+        assert_eq!(self.handle.limit().in_flight(), self.handle.partitions()[0].in_flight);
+        self.handle.limit().in_flight() as usize - usize::from(self.occupant.is_some())
     }
 
     fn shut(&mut self) {
@@ -104,7 +104,7 @@ async fn a_sorter_that_panics_takes_no_place() {
     service.ready().await.unwrap();
     let call = AssertUnwindSafe(|| drop(service.call(request())));
     assert!(catch_unwind(call).is_err());
-    assert_eq!((handle.in_flight(), handle.partitions()[0].in_flight), (0, 0));
+    assert_eq!((handle.limit().in_flight(), handle.partitions()[0].in_flight), (0, 0));
     // The same instance serves the next call.
     let asked = asking(CallClass::default().partition(0));
     service.ready().await.unwrap().call(asked).await.unwrap();
@@ -116,7 +116,7 @@ async fn a_sorter_that_panics_takes_no_place() {
 /// The algorithm panics at a response head. The call succeeds, and releases its permit and the share of its partition.
 #[tokio::test(start_paused = true)]
 async fn algorithm_that_panics_neither_fails_a_call_nor_holds_a_permit() {
-    #[derive(Debug)]
+    #[derive(Clone, Debug)]
     struct Touchy;
     impl Algorithm for Touchy {
         fn limit(&self) -> u32 {
@@ -132,8 +132,8 @@ async fn algorithm_that_panics_neither_fails_a_call_nor_holds_a_permit() {
     let handle = layer.handle();
     let call = tokio::spawn(layer.layer(Strict::new().0).oneshot(request()));
     drop(call.await.unwrap().unwrap());
-    assert_eq!((handle.in_flight(), handle.partitions()[0].in_flight), (0, 0));
-    assert_eq!(handle.snapshot().limit, 2);
+    assert_eq!((handle.limit().in_flight(), handle.partitions()[0].in_flight), (0, 0));
+    assert_eq!(handle.limit().snapshot().limit, 2);
 }
 
 /// Claims of partitions that do not exist and of priorities above the maximum, alone and combined.
@@ -149,14 +149,17 @@ async fn a_claim_of_anything_is_kept_to_what_there_is() {
         assert_pending!(call.poll());
         calls.push(call);
     }
-    assert_eq!((watch.seen().calls, handle.in_flight(), inside(&handle)), (4, 4, vec![0, 0, 0]));
+    assert_eq!(
+        (watch.seen().calls, handle.limit().in_flight(), inside(&handle)),
+        (4, 4, vec![0, 0, 0])
+    );
     // An exempt call is exempt, whatever its other claims.
     let claim = CallClass::exempt().partition(2).priority(Priority::SHEDDABLE);
     let mut exempt = task::spawn(service.clone().oneshot(asking(claim)));
     assert_pending!(exempt.poll());
-    assert_eq!((handle.in_flight(), handle.snapshot().exempt_in_flight), (4, 1));
+    assert_eq!((handle.limit().in_flight(), handle.limit().snapshot().exempt_in_flight), (4, 1));
     drop((calls, exempt));
-    assert_eq!((handle.in_flight(), handle.snapshot().exempt_in_flight), (0, 0));
+    assert_eq!((handle.limit().in_flight(), handle.limit().snapshot().exempt_in_flight), (0, 0));
 }
 
 // ===== Exempt =====
@@ -180,7 +183,7 @@ async fn an_exempt_path_is_never_refused_and_counted_apart() {
         .chain((0..4).map(|_| to("/livez")))
         .collect();
     assert!(exempt.iter().all(|(_, goes)| *goes));
-    let told = handle.snapshot();
+    let told = handle.limit().snapshot();
     assert_eq!(
         (told.in_flight, told.exempt_in_flight, told.exempt, told.rejected_full),
         (1, 6, 6, 1)
@@ -188,15 +191,15 @@ async fn an_exempt_path_is_never_refused_and_counted_apart() {
     // An exempt call lasts to the end of the response body, like every call.
     assert!(watch.end(5, Ok(hello())));
     let response = assert_ready_ok!(exempt[4].0.poll());
-    assert_eq!(handle.snapshot().exempt_in_flight, 6);
+    assert_eq!(handle.limit().snapshot().exempt_in_flight, 6);
     read(response.into_body()).await.unwrap();
-    assert_eq!(handle.snapshot().exempt_in_flight, 5);
+    assert_eq!(handle.limit().snapshot().exempt_in_flight, 5);
     drop(exempt);
-    let told = handle.snapshot();
+    let told = handle.limit().snapshot();
     assert_eq!((told.in_flight, told.exempt_in_flight, told.exempt), (1, 0, 6));
     assert!(watch.end(0, Ok(empty())));
     assert_ready_ok!(first.poll());
-    assert_eq!(handle.in_flight(), 0);
+    assert_eq!(handle.limit().in_flight(), 0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -205,11 +208,11 @@ async fn an_exempt_call_does_not_wait_nor_die_of_its_deadline() {
     let layer = ConcurrencyLimitLayer::new(1).queue(9, Duration::from_secs(9)).classify_by(by);
     let (inner, watch) = Strict::holding();
     let service = layer.layer(inner);
-    let _place = layer.handle().try_acquire().unwrap();
+    let _place = layer.handle().limit().try_acquire().unwrap();
     let mut late = request();
     late.extensions_mut().insert(Deadline::after(Duration::ZERO));
     assert_pending!(task::spawn(service.oneshot(late)).poll());
-    assert_eq!((watch.seen().calls, layer.handle().snapshot().waiting), (1, 0));
+    assert_eq!((watch.seen().calls, layer.handle().limit().snapshot().waiting), (1, 0));
 }
 
 // ===== Partitions =====
@@ -267,10 +270,10 @@ async fn a_share_that_is_not_used_is_lent_and_given_back() {
     assert!(!start(&service, 1).1 && !start(&service, 9).1);
     let live = [start(&service, 0), start(&service, 0)];
     assert!(live.iter().all(|(_, goes)| *goes));
-    assert_eq!((inside(&handle), handle.in_flight()), (vec![2, 8], 10));
+    assert_eq!((inside(&handle), handle.limit().in_flight()), (vec![2, 8], 10));
     let told: Vec<Partition> = handle.partitions();
     assert_eq!((told[0].share, told[1].share), (7, 3));
-    assert_eq!((told[0].refused, told[1].refused), (2, 2));
+    assert_eq!((told[0].rejected, told[1].rejected), (2, 2));
 }
 
 #[tokio::test(start_paused = true)]
@@ -281,9 +284,9 @@ async fn what_is_owed_is_kept_for_a_second() {
     watch.end(0, Ok(empty()));
     assert_ready_ok!(others[0].0.poll());
     assert!(!start(&service, 9).1, "the permit is reserved for the partition");
-    assert!(handle.try_acquire().is_err(), "the permit is reserved for the partition");
+    assert!(handle.limit().try_acquire().is_err(), "the permit is reserved for the partition");
     advance(Duration::from_secs(1)).await;
-    assert!(handle.try_acquire().is_ok());
+    assert!(handle.limit().try_acquire().is_ok());
     assert!(start(&service, 9).1);
     assert_eq!(inside(&handle), [0]);
 }
@@ -302,12 +305,15 @@ async fn who_waits_gets_what_is_kept_when_that_time_is_over() {
     assert!(assert_ready!(owner.poll()).is_err());
     watch.end(0, Ok(empty()));
     assert_ready_ok!(others[0].0.poll());
-    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (1, 1));
+    assert_eq!((handle.limit().in_flight(), handle.limit().snapshot().waiting), (1, 1));
     for _ in 0..5 {
         advance(Duration::from_millis(450)).await;
         let _ = waiting.is_woken().then(|| assert_pending!(waiting.poll()));
     }
-    assert_eq!((handle.in_flight(), handle.snapshot().waiting, watch.seen().calls), (2, 0, 3));
+    assert_eq!(
+        (handle.limit().in_flight(), handle.limit().snapshot().waiting, watch.seen().calls),
+        (2, 0, 3)
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -322,12 +328,12 @@ async fn of_those_who_wait_who_has_least_of_his_share_goes_first() {
         watch.end(number, Ok(empty()));
         assert_ready_ok!(held[number].poll());
         assert_eq!([more.is_woken(), first.is_woken(), second.is_woken()], expected);
-        assert_eq!(handle.in_flight(), 4);
+        assert_eq!(handle.limit().in_flight(), 4);
     }
     assert_eq!(inside(&handle), [2, 2]);
     assert_pending!(more.poll());
     drop((more, first, second, held));
-    assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 0], 0));
+    assert_eq!((inside(&handle), handle.limit().in_flight()), (vec![0, 0], 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -338,12 +344,12 @@ async fn shares_change_while_calls_are_under_way() {
     handle.set_partitions(&[0.2]).unwrap();
     assert_eq!(inside(&handle), [5, 5]);
     assert_eq!(handle.partitions().iter().map(|one| one.share).collect::<Vec<_>>(), [2, 0]);
-    handle.set_limit(20).unwrap();
+    handle.limit().set_limit(20).unwrap();
     handle.set_partitions(&[0.3, 0.3, 0.4]).unwrap();
     assert_eq!(handle.partitions()[2].share, 8);
     assert!(start(&service, 2).1);
     drop(calls);
-    assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 0, 0], 0));
+    assert_eq!((inside(&handle), handle.limit().in_flight()), (vec![0, 0, 0], 0));
 }
 
 /// A permit that a handler has taken for a socket counts in its partition until the socket is closed.
@@ -364,12 +370,12 @@ async fn a_place_that_is_taken_along_stays_in_its_partition() {
     let socket = call(CallClass::default().partition(1)).await.unwrap();
     let (head, body) = socket.into_parts();
     drop(body);
-    assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 1], 1));
+    assert_eq!((inside(&handle), handle.limit().in_flight()), (vec![0, 1], 1));
     let exempt = call(CallClass::exempt()).await.unwrap();
-    assert_eq!((handle.snapshot().exempt_in_flight, handle.in_flight()), (1, 1));
+    assert_eq!((handle.limit().snapshot().exempt_in_flight, handle.limit().in_flight()), (1, 1));
     drop((head, exempt));
-    assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 0], 0));
-    assert_eq!(handle.snapshot().exempt_in_flight, 0);
+    assert_eq!((inside(&handle), handle.limit().in_flight()), (vec![0, 0], 0));
+    assert_eq!(handle.limit().snapshot().exempt_in_flight, 0);
 }
 
 // ===== Partitions, any schedule =====
@@ -463,12 +469,12 @@ async fn without_a_queue(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseE
                 model.now += ms;
             }
             Step::Resize(limit) => {
-                handle.set_limit(limit).unwrap();
+                handle.limit().set_limit(limit).unwrap();
                 model.limit = limit as u32;
             }
         }
         prop_assert_eq!(inside(&handle), &model.inside[..3]);
-        prop_assert_eq!(handle.in_flight(), model.inside.iter().sum::<u32>());
+        prop_assert_eq!(handle.limit().in_flight(), model.inside.iter().sum::<u32>());
     }
     Ok(())
 }
@@ -488,7 +494,7 @@ async fn with_a_queue(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseErro
             Step::Leave(_) => {}
             Step::Advance(ms) => advance(Duration::from_millis(ms)).await,
             Step::Resize(to) => {
-                handle.set_limit(to).unwrap();
+                handle.limit().set_limit(to).unwrap();
                 limit = to as u32;
             }
         }
@@ -496,7 +502,7 @@ async fn with_a_queue(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseErro
         while calls.iter().any(|(call, _)| call.is_woken()) {
             calls.retain_mut(|(call, _)| !call.is_woken() || call.poll().is_pending());
         }
-        let (told, each) = (handle.snapshot(), handle.partitions());
+        let (told, each) = (handle.limit().snapshot(), handle.partitions());
         prop_assert!(told.waiting <= 6);
         prop_assert_eq!(watch.seen().in_flight, told.in_flight as usize);
         let shared: u32 = each.iter().map(|one| one.in_flight).sum();
@@ -512,7 +518,7 @@ async fn with_a_queue(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseErro
         }
     }
     drop(calls);
-    prop_assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+    prop_assert_eq!((handle.limit().in_flight(), handle.limit().snapshot().waiting), (0, 0));
     prop_assert_eq!(inside(&handle), [0, 0, 0]);
     Ok(())
 }
@@ -550,7 +556,7 @@ proptest! {
 struct Itself;
 
 impl ClassifyCall<Priority> for Itself {
-    fn claim(&self, request: &Priority) -> CallClass {
+    fn classify(&self, request: &Priority) -> CallClass {
         CallClass::from(*request)
     }
 }
@@ -634,7 +640,7 @@ async fn nothing_is_shed_by_priority_while_there_is_room() {
         service.clone().oneshot(by_user(user, 0)).await.unwrap();
     }
     assert_eq!(
-        (layer.handle().snapshot().rejected_outranked, layer.handle().shed_below()),
+        (layer.handle().limit().snapshot().rejected_outranked, layer.handle().shed_below()),
         (0, None)
     );
 }
@@ -657,8 +663,8 @@ async fn in_a_full_queue_who_is_worth_least_gives_way() {
     // A call of an equal priority is rejected, and `try_acquire` displaces no call.
     let sheddable = service.clone().oneshot(asking(Priority::SHEDDABLE.into()));
     assert_eq!(refused_as(sheddable.await), RejectedKind::Full);
-    assert!(handle.try_acquire().is_err());
-    assert_eq!((handle.snapshot().waiting, later.is_woken()), (2, false));
+    assert!(handle.limit().try_acquire().is_err());
+    assert_eq!((handle.limit().snapshot().waiting, later.is_woken()), (2, false));
 
     // Of two calls of the same priority, the later one is displaced first.
     let mut normal = worth(&service, Priority::NORMAL);
@@ -670,7 +676,7 @@ async fn in_a_full_queue_who_is_worth_least_gives_way() {
     drop(low);
     let no_more = service.clone().oneshot(asking(Priority::NORMAL.into()));
     assert_eq!(refused_as(no_more.await), RejectedKind::Full);
-    let told = handle.snapshot();
+    let told = handle.limit().snapshot();
     assert_eq!((told.waiting, told.in_flight, told.rejected_outranked), (2, 1, 1));
 
     // Priorities do not change the order of the queue: the oldest caller is first.
@@ -679,7 +685,7 @@ async fn in_a_full_queue_who_is_worth_least_gives_way() {
     assert!(normal.is_woken() && !critical.is_woken());
     assert_pending!(normal.poll());
     drop((normal, critical));
-    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+    assert_eq!((handle.limit().in_flight(), handle.limit().snapshot().waiting), (0, 0));
 }
 
 /// Any queued call has at least the priority of a call that is rejected because the queue is full.
@@ -713,7 +719,7 @@ async fn by_worth(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
             Step::Leave(number) if number < calls.len() => drop(calls.swap_remove(number)),
             Step::Leave(_) => {}
             Step::Advance(ms) => advance(Duration::from_millis(ms)).await,
-            Step::Resize(to) => handle.set_limit(to).unwrap(),
+            Step::Resize(to) => handle.limit().set_limit(to).unwrap(),
         }
         while calls.iter().any(|(call, ..)| call.is_woken()) {
             calls.retain_mut(|(call, _, inside)| {
@@ -723,13 +729,14 @@ async fn by_worth(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
                 stays
             });
         }
-        let (told, inside) = (handle.snapshot(), calls.iter().filter(|(_, _, inside)| *inside));
+        let (told, inside) =
+            (handle.limit().snapshot(), calls.iter().filter(|(_, _, inside)| *inside));
         prop_assert_eq!(inside.count(), told.in_flight as usize);
         prop_assert_eq!(calls.len(), (told.in_flight + told.waiting) as usize);
         prop_assert!(told.waiting <= 4);
     }
     drop(calls);
-    prop_assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+    prop_assert_eq!((handle.limit().in_flight(), handle.limit().snapshot().waiting), (0, 0));
     Ok(())
 }
 
@@ -753,11 +760,11 @@ async fn a_cut_goes_when_the_load_goes() {
         if user % 50 == 49 {
             held.pop_front();
         }
-        outranked = handle.snapshot().rejected_outranked;
+        outranked = handle.limit().snapshot().rejected_outranked;
     }
     assert!(outranked > 1000 && handle.shed_below().is_some());
     held.clear();
-    assert_eq!((watch.seen().in_flight, handle.in_flight()), (0, 0));
+    assert_eq!((watch.seen().in_flight, handle.limit().in_flight()), (0, 0));
     let mut refused_late = 0;
     for user in 0..20_000_u64 {
         advance(Duration::from_millis(1)).await;
@@ -821,7 +828,7 @@ async fn many_threads_of_all_kinds_lose_nothing() {
                     assert!(kinds.contains(&refused.kind()), "{refused}");
                 }
                 match n {
-                    0 => handle.set_limit(1 + usize::from(round % 4)).unwrap(),
+                    0 => handle.limit().set_limit(1 + usize::from(round % 4)).unwrap(),
                     1 => handle.set_partitions(&[0.1 * f64::from(1 + round % 9)]).unwrap(),
                     _ => {}
                 }
@@ -831,6 +838,6 @@ async fn many_threads_of_all_kinds_lose_nothing() {
     let all = tokio::time::timeout(Duration::from_secs(60), callers.join_all());
     all.await.expect("a caller hangs");
     assert!(seen.1.load(Ordering::SeqCst) <= 4);
-    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+    assert_eq!((handle.limit().in_flight(), handle.limit().snapshot().waiting), (0, 0));
     assert!(handle.partitions().iter().all(|partition| partition.in_flight == 0));
 }

@@ -309,11 +309,12 @@ async fn a_place_acquired_by_hand_is_not_what_is_kept_for_others() {
         .partitions(&[0.5]);
     let (inner, _watch) = Strict::holding();
     let (handle, service) = (layer.handle(), layer.layer(inner));
-    let (first, _second) = (handle.acquire().await.unwrap(), handle.acquire().await.unwrap());
+    let limit = handle.limit();
+    let (first, _second) = (limit.acquire().await.unwrap(), limit.acquire().await.unwrap());
     assert_eq!(refused_as(service.clone().oneshot(request()).await), RejectedKind::Full);
     drop(first);
-    assert!(handle.try_acquire().is_err());
-    assert_eq!(handle.acquire().await.unwrap_err().kind(), RejectedKind::Full);
+    assert!(limit.try_acquire().is_err());
+    assert_eq!(limit.acquire().await.unwrap_err().kind(), RejectedKind::Full);
     assert_pending!(task::spawn(service.oneshot(request())).poll());
 }
 

@@ -76,7 +76,7 @@ fn partitions(vector: &Value) {
         let mut admitted = None;
         match text(event, "op") {
             "observe" => {}
-            "set_limit" => handle.set_limit(number(event, "limit").unwrap()).unwrap(),
+            "set_limit" => handle.limit().set_limit(number(event, "limit").unwrap()).unwrap(),
             "enter" => {
                 for _ in 0..number(event, "n").unwrap_or(1) {
                     let mut asking = request();
@@ -93,7 +93,7 @@ fn partitions(vector: &Value) {
         let seen = |key: &str| match key {
             "batch_limit" => Value::from(told[0].share),
             "live_limit" => Value::from(told[1].share),
-            "inflight" => Value::from(handle.in_flight()),
+            "inflight" => Value::from(handle.limit().in_flight()),
             "admitted" => Value::from(admitted.unwrap()),
             other => panic!("{other}"),
         };
@@ -263,7 +263,7 @@ async fn queue(vector: &Value) {
             "enter" | "enter_async" | "enter_waiting" => {
                 let wait = number(event, "max_wait_ms");
                 if let Some(wait) = wait {
-                    let _ = rig.layer.clone().queue(wait, Duration::from_millis(wait as u64));
+                    rig.handle.set_queue(wait, Duration::from_millis(wait as u64)).unwrap();
                 }
                 for number in 0..number(event, "n").unwrap_or(1) {
                     admitted &= rig.enter(id.unwrap_or(100 + number));

@@ -238,7 +238,7 @@ fn event_subscriber_may_use_every_handle() {
             handle.set_queue(0, secs(1)).unwrap();
             handle.set_queue_order(QueueOrder::Lifo).unwrap();
             handle.set_retry_after(secs(1));
-            handle.shadow(false);
+            handle.set_shadow(false);
         });
         let taken = held.clone();
         let mut service = limit.clone().layer(service_fn(move |request: Request<Body>| {
@@ -662,7 +662,7 @@ fn request_and_response_body_may_use_the_layers_when_they_are_dropped() {
 // ===== Panics =====
 
 /// Panics in every method, once it is armed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Panics(Arc<AtomicBool>);
 
 impl Panics {

@@ -1,6 +1,9 @@
 use std::{ops::RangeInclusive, time::Duration};
 
-use super::{Algorithm, Bounds, ChangeReason, LimitChange, Sample};
+use super::{
+    algorithm::{ChangeReason, LimitChange, Sample},
+    bounded::{BoundedAlgorithm, BoundedLimit},
+};
 use crate::error::ConfigError;
 
 /// Additive increase, multiplicative decrease: adds 1 for each response while at least half of the limit is in use, and
@@ -11,7 +14,7 @@ use crate::error::ConfigError;
 /// queue whose latency stays below it is never detected.
 #[derive(Clone, Debug)]
 pub struct Aimd {
-    limit: Bounds,
+    limit: BoundedLimit,
     timeout: Duration,
     /// The time of the last decrease. Calls that began before it do not decrease the limit again.
     cut_at: Option<Duration>,
@@ -22,7 +25,11 @@ const BACKOFF: f64 = 0.9;
 impl Default for Aimd {
     /// Starts at 20, within 20 to 200, with a timeout of 5 s, as in Netflix.
     fn default() -> Self {
-        Self { limit: Bounds::constant(20, 20, 200), timeout: Duration::from_secs(5), cut_at: None }
+        Self {
+            limit: BoundedLimit::constant(20, 20, 200),
+            timeout: Duration::from_secs(5),
+            cut_at: None,
+        }
     }
 }
 
@@ -33,7 +40,7 @@ impl Aimd {
     ///
     /// Returns an error if the bounds are invalid, or if `initial` is outside of them.
     pub fn new(initial: usize, bounds: RangeInclusive<usize>) -> Result<Self, ConfigError> {
-        Ok(Self { limit: Bounds::new(initial, bounds)?, ..Self::default() })
+        Ok(Self { limit: BoundedLimit::new(initial, bounds)?, ..Self::default() })
     }
 
     /// Sets the latency above which a call counts as dropped. 5 s by default.
@@ -47,21 +54,16 @@ impl Aimd {
     }
 }
 
-impl Algorithm for Aimd {
-    fn limit(&self) -> u32 {
-        self.limit.whole()
+impl BoundedAlgorithm for Aimd {
+    fn bounded(&self) -> &BoundedLimit {
+        &self.limit
     }
 
-    fn set_limit(&mut self, limit: u32) {
-        self.limit.set(limit.into());
+    fn bounded_mut(&mut self) -> &mut BoundedLimit {
+        &mut self.limit
     }
 
-    fn set_bounds(&mut self, bounds: RangeInclusive<u32>) -> bool {
-        self.limit.set_bounds(bounds);
-        true
-    }
-
-    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
+    fn record(&mut self, sample: &Sample) -> Option<LimitChange> {
         let limit = self.limit.get();
         if sample.dropped || sample.latency > self.timeout {
             if self.cut_at.is_some_and(|at| sample.started() < at) {

@@ -1,6 +1,9 @@
 use std::{ops::RangeInclusive, time::Duration};
 
-use super::{Algorithm, Bounds, ChangeReason, LimitChange, Sample};
+use super::{
+    algorithm::{ChangeReason, LimitChange, Sample},
+    bounded::{BoundedAlgorithm, BoundedLimit},
+};
 use crate::error::ConfigError;
 
 /// Adjusts the limit by the ratio of the long-term latency to the current latency.
@@ -11,16 +14,16 @@ use crate::error::ConfigError;
 /// its upper bound.
 #[derive(Clone, Debug)]
 pub struct Gradient2 {
-    limit: Bounds,
+    limit: BoundedLimit,
     /// The long-term average of the latency, in seconds.
     long: f64,
-    /// The number of windows in `long`, up to [`WARM_UP`].
+    /// The number of windows in `long`, up to [`WARM_UP_WINDOWS`].
     windows: f64,
-    window: Window,
+    window: LatencyWindow,
 }
 
 #[derive(Clone, Debug, Default)]
-struct Window {
+struct LatencyWindow {
     /// The earliest end of the window.
     ends: Option<Duration>,
     total: f64,
@@ -30,20 +33,20 @@ struct Window {
 
 const WINDOW: Duration = Duration::from_secs(1);
 /// The minimum number of calls in a window.
-const CALLS: f64 = 10.0;
+const MIN_CALLS: f64 = 10.0;
 /// The number of windows of the long-term average.
-const LONG: f64 = 600.0;
+const LONG_WINDOWS: f64 = 600.0;
 /// The number of windows for which `long` is the mean of all windows.
-const WARM_UP: f64 = 10.0;
+const WARM_UP_WINDOWS: f64 = 10.0;
 
 impl Default for Gradient2 {
     /// Starts at 20, within 20 to 200, as in Netflix.
     fn default() -> Self {
         Self {
-            limit: Bounds::constant(20, 20, 200),
+            limit: BoundedLimit::constant(20, 20, 200),
             long: 0.0,
             windows: 0.0,
-            window: Window::default(),
+            window: LatencyWindow::default(),
         }
     }
 }
@@ -55,44 +58,39 @@ impl Gradient2 {
     ///
     /// Returns an error if the bounds are invalid, or if `initial` is outside of them.
     pub fn new(initial: usize, bounds: RangeInclusive<usize>) -> Result<Self, ConfigError> {
-        Ok(Self { limit: Bounds::new(initial, bounds)?, ..Self::default() })
+        Ok(Self { limit: BoundedLimit::new(initial, bounds)?, ..Self::default() })
     }
 
-    fn remember(&mut self, short: f64) {
-        if self.windows < WARM_UP {
+    fn record_window(&mut self, short: f64) {
+        if self.windows < WARM_UP_WINDOWS {
             self.windows += 1.0;
             self.long += (short - self.long) / self.windows;
         } else {
-            self.long += (short - self.long) * 2.0 / (LONG + 1.0);
+            self.long += (short - self.long) * 2.0 / (LONG_WINDOWS + 1.0);
         }
     }
 }
 
-impl Algorithm for Gradient2 {
-    fn limit(&self) -> u32 {
-        self.limit.whole()
+impl BoundedAlgorithm for Gradient2 {
+    fn bounded(&self) -> &BoundedLimit {
+        &self.limit
     }
 
-    fn set_limit(&mut self, limit: u32) {
-        self.limit.set(limit.into());
+    fn bounded_mut(&mut self) -> &mut BoundedLimit {
+        &mut self.limit
     }
 
-    fn set_bounds(&mut self, bounds: RangeInclusive<u32>) -> bool {
-        self.limit.set_bounds(bounds);
-        true
-    }
-
-    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
+    fn record(&mut self, sample: &Sample) -> Option<LimitChange> {
         self.window.total += sample.latency.as_secs_f64();
         self.window.calls += 1.0;
         self.window.in_flight = self.window.in_flight.max(sample.in_flight);
         let ends = *self.window.ends.get_or_insert(sample.now.saturating_add(WINDOW));
-        if sample.now < ends || self.window.calls < CALLS {
+        if sample.now < ends || self.window.calls < MIN_CALLS {
             return None;
         }
         let window = std::mem::take(&mut self.window);
         let short = (window.total / window.calls).max(1e-9);
-        self.remember(short);
+        self.record_window(short);
         if self.long / short > 2.0 {
             self.long *= 0.95;
         }

@@ -12,10 +12,10 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Algorithm, ChangeReason, LimitChange, Sample};
+use super::algorithm::{Algorithm, ChangeReason, LimitChange, Sample};
 use crate::{
     event::{RepeatedEvent, event},
-    outcome::{COUNT_CANCELLED_AFTER, Outcome, OutcomeKind, Reason as Why, UpstreamClock},
+    outcome::{COUNT_CANCELLED_AFTER, Outcome, OutcomeKind, Reason, UpstreamClock},
     permit::{Measures, Token},
     time::{Clock, nanos},
     user_code::catch_panic,
@@ -27,11 +27,11 @@ const NEVER: u64 = u64::MAX;
 /// The algorithm of an adaptive limit, with its clock and settings.
 ///
 /// The tag of a token contains the number of calls in flight at the admission, until the call has been recorded; then
-/// [`HEARD`]. So a call is recorded once, at its head or at its end.
-pub(crate) struct Teller {
+/// [`RECORDED`]. So a call is recorded once, at its head or at its end.
+pub(crate) struct Sampler {
     clock: Clock,
     /// Whether latency is measured to the end of the response body.
-    to_the_end: AtomicBool,
+    measures_body: AtomicBool,
     /// In nanoseconds, or [`NEVER`].
     count_cancelled_after: AtomicU64,
     /// The algorithm is user code and runs under this lock. This cannot be avoided, because it needs `&mut self`. Its
@@ -40,52 +40,79 @@ pub(crate) struct Teller {
     panics: RepeatedEvent,
 }
 
+/// An algorithm that can be cloned behind a `Box`.
+trait CloneAlgorithm: Algorithm {
+    fn clone_boxed(&self) -> Box<dyn CloneAlgorithm>;
+}
+
+impl<A: Algorithm + Clone> CloneAlgorithm for A {
+    fn clone_boxed(&self) -> Box<dyn CloneAlgorithm> {
+        Box::new(self.clone())
+    }
+}
+
 struct SamplerState {
-    algorithm: Box<dyn Algorithm>,
-    last: Option<LimitChange>,
+    algorithm: Box<dyn CloneAlgorithm>,
+    last_change: Option<LimitChange>,
 }
 
 /// The tag of a call that has been recorded, or that is not to be recorded.
-const HEARD: u64 = 0;
+const RECORDED: u64 = 0;
 
-impl Teller {
-    pub(in super::super) fn new(algorithm: impl Algorithm) -> Self {
-        let state = SamplerState { algorithm: Box::new(algorithm), last: None };
+impl Sampler {
+    pub(in crate::limit) fn new(algorithm: impl Algorithm + Clone) -> Self {
+        Self::with(Box::new(algorithm))
+    }
+
+    fn with(algorithm: Box<dyn CloneAlgorithm>) -> Self {
+        let state = SamplerState { algorithm, last_change: None };
         Self {
             clock: Clock::new(),
-            to_the_end: AtomicBool::new(false),
+            measures_body: AtomicBool::new(false),
             count_cancelled_after: AtomicU64::new(nanos(COUNT_CANCELLED_AFTER)),
             state: Mutex::new(state),
             panics: RepeatedEvent::new(),
         }
     }
 
-    pub(in super::super) fn set_count_cancelled_after(&self, time: Option<Duration>) {
+    pub(in crate::limit) fn set_count_cancelled_after(&self, time: Option<Duration>) {
         self.count_cancelled_after.store(time.map_or(NEVER, nanos), Ordering::Relaxed);
     }
 
-    pub(in super::super) fn count_cancelled_after(&self) -> Option<Duration> {
+    pub(in crate::limit) fn count_cancelled_after(&self) -> Option<Duration> {
         match self.count_cancelled_after.load(Ordering::Relaxed) {
             NEVER => None,
             time => Some(Duration::from_nanos(time)),
         }
     }
 
-    pub(in super::super) fn measures(&self) -> Measures {
-        if self.to_the_end.load(Ordering::Relaxed) { Measures::Body } else { Measures::Head }
+    pub(in crate::limit) fn measures(&self) -> Measures {
+        if self.measures_body.load(Ordering::Relaxed) { Measures::Body } else { Measures::Head }
     }
 
-    pub(in super::super) fn until_body_end(&self) {
-        self.to_the_end.store(true, Ordering::Relaxed);
+    pub(in crate::limit) fn set_until_body_end(&self, on: bool) {
+        self.measures_body.store(on, Ordering::Relaxed);
     }
 
-    pub(in super::super) fn last(&self) -> Option<LimitChange> {
-        self.lock().last
+    /// Returns a sampler with a copy of the algorithm and its settings. `None` if the algorithm panicked.
+    pub(in crate::limit) fn fork(&self) -> Option<Self> {
+        let state = self.lock();
+        let copy = catch_panic(|| state.algorithm.clone_boxed());
+        drop(state);
+        self.report_panic(copy.is_none());
+        let copy = Self::with(copy?);
+        copy.set_until_body_end(self.measures() == Measures::Body);
+        copy.set_count_cancelled_after(self.count_cancelled_after());
+        Some(copy)
+    }
+
+    pub(in crate::limit) fn last_change(&self) -> Option<LimitChange> {
+        self.lock().last_change
     }
 
     /// Sets the limit, or the nearest one that the algorithm allows. `apply` runs before another thread can change the
     /// limit. Returns `None` if the algorithm panicked: then the limit keeps its value.
-    pub(in super::super) fn set_limit(&self, limit: u32, apply: impl FnOnce(u32)) -> Option<()> {
+    pub(in crate::limit) fn set_limit(&self, limit: u32, apply: impl FnOnce(u32)) -> Option<()> {
         let mut state = self.lock();
         let algorithm = &mut state.algorithm;
         let set = catch_panic(|| {
@@ -93,7 +120,7 @@ impl Teller {
             algorithm.limit().max(1)
         });
         if let Some(limit) = set {
-            state.last = Some(LimitChange { limit, reason: ChangeReason::ByHand });
+            state.last_change = Some(LimitChange { limit, reason: ChangeReason::ByHand });
             apply(limit);
         }
         drop(state);
@@ -103,7 +130,7 @@ impl Teller {
 
     /// Sets the bounds of the limit. Returns whether the algorithm has bounds, or `None` if it panicked: then the
     /// limit keeps its value.
-    pub(in super::super) fn set_bounds(
+    pub(in crate::limit) fn set_bounds(
         &self,
         bounds: RangeInclusive<u32>,
         apply: impl FnOnce(u32),
@@ -117,7 +144,7 @@ impl Teller {
             (has_any, (limit != before).then_some(limit))
         });
         if let Some((_, Some(limit))) = set {
-            state.last = Some(LimitChange { limit, reason: ChangeReason::ByHand });
+            state.last_change = Some(LimitChange { limit, reason: ChangeReason::ByHand });
             apply(limit);
         }
         drop(state);
@@ -138,49 +165,49 @@ impl Teller {
 
     /// Returns the token of an admitted call. `in_flight` includes the call.
     #[inline]
-    pub(in super::super) fn started(&self, in_flight: u32) -> Token {
+    pub(in crate::limit) fn start(&self, in_flight: u32) -> Token {
         Token { tag: in_flight.into(), clock: UpstreamClock::start() }
     }
 
     /// Records a call at its response head, unless latency is measured to the end of the body.
     ///
     /// If the trailers decide the outcome, the call is recorded at its end, with the latency to its head.
-    pub(in super::super) fn head(
+    pub(in crate::limit) fn record_head(
         &self,
         token: &mut Token,
         so_far: Outcome,
         apply: impl FnOnce(u32),
     ) -> bool {
-        if self.to_the_end.load(Ordering::Relaxed) {
+        if self.measures_body.load(Ordering::Relaxed) {
             return false;
         }
         if so_far.kind() == OutcomeKind::Cancelled {
-            if token.tag != HEARD && !token.clock.is_off() {
+            if token.tag != RECORDED && !token.clock.is_off() {
                 token.clock.stop(Instant::now());
             }
             return false;
         }
-        let heard = mem::replace(&mut token.tag, HEARD);
-        self.on_sample(Token { tag: heard, ..*token }, so_far, apply)
+        let tag = mem::replace(&mut token.tag, RECORDED);
+        self.record(Token { tag, ..*token }, so_far, apply)
     }
 
     /// Records a call that has reached the measured point, and returns whether the limit changed. `apply` runs before
     /// another call can change the limit. A call whose request has not been sent is not a sample, unless connecting
     /// timed out.
-    pub(in super::super) fn on_sample(
+    pub(in crate::limit) fn record(
         &self,
         token: Token,
         outcome: Outcome,
         apply: impl FnOnce(u32),
     ) -> bool {
-        if token.tag == HEARD {
+        if token.tag == RECORDED {
             return false;
         }
         let Some(dropped) = is_drop(outcome) else { return false };
         let now = Instant::now();
         let latency = match token.clock.elapsed(now) {
             Some(latency) => latency,
-            None if outcome.reason() == Why::ConnectTimeout => Duration::ZERO,
+            None if outcome.reason() == Reason::ConnectTimeout => Duration::ZERO,
             // The clock starts at the admission. If it is off, the request has not been sent, so the time is attributed
             // to the caller.
             None => return false,
@@ -194,14 +221,14 @@ impl Teller {
         let mut state = self.lock();
         let algorithm = &mut state.algorithm;
         // The call may end while its thread unwinds, where a panic that is not caught aborts the process.
-        let heard = catch_panic(|| algorithm.on_sample(&sample));
-        if let Some(Some(change)) = heard {
-            state.last = Some(change);
+        let result = catch_panic(|| algorithm.on_sample(&sample));
+        if let Some(Some(change)) = result {
+            state.last_change = Some(change);
             apply(change.limit.max(1));
         }
         drop(state);
-        self.report_panic(heard.is_none());
-        let Some(Some(_change)) = heard else { return false };
+        self.report_panic(result.is_none());
+        let Some(Some(_change)) = result else { return false };
         event!(
             limit,
             DEBUG,
@@ -217,10 +244,10 @@ impl Teller {
     }
 }
 
-impl fmt::Debug for Teller {
+impl fmt::Debug for Sampler {
     /// Without the algorithm: its `Debug` is user code and would run under the lock.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Teller").field("last", &self.last()).finish_non_exhaustive()
+        f.debug_struct("Sampler").field("last_change", &self.last_change()).finish_non_exhaustive()
     }
 }
 
@@ -231,9 +258,9 @@ fn is_drop(outcome: Outcome) -> Option<bool> {
         OutcomeKind::Throttled => Some(true),
         OutcomeKind::Cancelled => None,
         OutcomeKind::Failure => match (outcome.reason(), outcome.code()) {
-            (Why::Timeout | Why::NoResponse | Why::ConnectTimeout, _)
-            | (Why::Status, Some(503 | 504 | 520..=524))
-            | (Why::GrpcStatus, Some(4 | 14)) => Some(true),
+            (Reason::Timeout | Reason::NoResponse | Reason::ConnectTimeout, _)
+            | (Reason::Status, Some(503 | 504 | 520..=524))
+            | (Reason::GrpcStatus, Some(4 | 14)) => Some(true),
             _ => None,
         },
     }

@@ -1,6 +1,9 @@
 use std::{ops::RangeInclusive, time::Duration};
 
-use super::{Algorithm, Bounds, ChangeReason, LimitChange, Sample};
+use super::{
+    algorithm::{ChangeReason, LimitChange, Sample},
+    bounded::{BoundedAlgorithm, BoundedLimit},
+};
 use crate::error::ConfigError;
 
 /// Estimates the number of calls that queue in the upstream from the minimum latency, and keeps it small.
@@ -9,14 +12,14 @@ use crate::error::ConfigError;
 /// lasting overload that includes the time in the queue, so the limit drifts up.
 #[derive(Clone, Debug)]
 pub struct Vegas {
-    limit: Bounds,
+    limit: BoundedLimit,
     /// The minimum latency since the last probe.
-    quickest: Option<Duration>,
+    min_latency: Option<Duration>,
     /// The number of calls since the last probe.
     since_probe: f64,
     /// The factor by which the interval of the next probe is shortened, so that clients do not probe at the same time.
     jitter: f64,
-    dice: fastrand::Rng,
+    rng: fastrand::Rng,
 }
 
 /// The interval of probes in calls, as a multiple of the limit. A probe replaces the minimum latency by that of the
@@ -27,11 +30,11 @@ impl Default for Vegas {
     /// Starts at 20, within 1 to 1000, as in Netflix.
     fn default() -> Self {
         Self {
-            limit: Bounds::constant(20, 1, 1000),
-            quickest: None,
+            limit: BoundedLimit::constant(20, 1, 1000),
+            min_latency: None,
             since_probe: 0.0,
             jitter: 1.0,
-            dice: fastrand::Rng::with_seed(1),
+            rng: fastrand::Rng::with_seed(1),
         }
     }
 }
@@ -43,37 +46,32 @@ impl Vegas {
     ///
     /// Returns an error if the bounds are invalid, or if `initial` is outside of them.
     pub fn new(initial: usize, bounds: RangeInclusive<usize>) -> Result<Self, ConfigError> {
-        Ok(Self { limit: Bounds::new(initial, bounds)?, ..Self::default() })
+        Ok(Self { limit: BoundedLimit::new(initial, bounds)?, ..Self::default() })
     }
 }
 
-impl Algorithm for Vegas {
-    fn limit(&self) -> u32 {
-        self.limit.whole()
+impl BoundedAlgorithm for Vegas {
+    fn bounded(&self) -> &BoundedLimit {
+        &self.limit
     }
 
-    fn set_limit(&mut self, limit: u32) {
-        self.limit.set(limit.into());
+    fn bounded_mut(&mut self) -> &mut BoundedLimit {
+        &mut self.limit
     }
 
-    fn set_bounds(&mut self, bounds: RangeInclusive<u32>) -> bool {
-        self.limit.set_bounds(bounds);
-        true
-    }
-
-    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
+    fn record(&mut self, sample: &Sample) -> Option<LimitChange> {
         let limit = self.limit.get();
         self.since_probe += 1.0;
         if self.since_probe >= PROBE * limit * self.jitter {
             self.since_probe = 0.0;
-            self.jitter = 0.5 + self.dice.f64() / 2.0;
-            self.quickest = Some(sample.latency);
+            self.jitter = 0.5 + self.rng.f64() / 2.0;
+            self.min_latency = Some(sample.latency);
             return None;
         }
-        let quickest = match self.quickest {
-            Some(quickest) if quickest <= sample.latency => quickest,
+        let min_latency = match self.min_latency {
+            Some(min_latency) if min_latency <= sample.latency => min_latency,
             _ => {
-                self.quickest = Some(sample.latency);
+                self.min_latency = Some(sample.latency);
                 return None;
             }
         };
@@ -84,7 +82,7 @@ impl Algorithm for Vegas {
         if sample.is_idle(self.limit.whole()) {
             return None;
         }
-        let ratio = quickest.as_secs_f64() / sample.latency.as_secs_f64().max(1e-9);
+        let ratio = min_latency.as_secs_f64() / sample.latency.as_secs_f64().max(1e-9);
         let queue = (limit * (1.0 - ratio)).ceil();
         let (alpha, beta) = (3.0 * step, 6.0 * step);
         if queue <= step {

@@ -2,27 +2,51 @@
 //!
 //! # Mechanism
 //!
-//! [`Limiter::word`] is a `u64`:
+//! The counts of a [`LimitWord`] are a `u64`:
 //!
 //! ```text
-//! bit 63        ABANDONED: the last `Limit` has been dropped
+//! bit 63        ABANDONED: the limiter has been dropped
 //! bits 62..32   waiting: the number of queue entries
 //! bits 31..0    in flight: the number of permits in use
 //! ```
 //!
 //! A call that finds `waiting == 0` and `in flight < limit` acquires its permit by one compare-exchange that adds 1
-//! ([`Limiter::enter`]). It releases the permit by one `fetch_sub` of 1 ([`Limiter::exit`]). No lock, no allocation and
-//! no clock read is involved.
+//! ([`Limiter::try_acquire`]). It releases the permit by one `fetch_sub` of 1 ([`LimitWord::release`]). No lock, no
+//! allocation and no clock read is involved.
 //!
-//! Otherwise the call joins the queue ([`Limiter::join`]): under the lock of the queue, a compare-exchange adds 1 to
-//! `waiting`, and the entry is inserted under the same lock hold. As long as `waiting` is not zero, `enter` fails, so a
-//! new call cannot overtake the queue. A release that finds `waiting > 0` passes its permit on
-//! ([`Limiter::hand_over`]): under the lock, one compare-exchange subtracts 1 from `waiting` and adds 1 to `in flight`,
+//! Otherwise the call joins the queue ([`Limiter::join_queue`]): under the lock of the queue, a compare-exchange adds 1
+//! to `waiting`, and the entry is inserted under the same lock hold. As long as `waiting` is not zero, `try_acquire`
+//! fails, so a new call cannot overtake the queue. A release that finds `waiting > 0` passes its permit on
+//! ([`Limiter::grant_next`]): under the lock, one compare-exchange subtracts 1 from `waiting` and adds 1 to `in flight`,
 //! the entry is removed from the queue, and its waker is woken without the lock. The permit belongs to the entry from
-//! then on, before its future has been polled. If the future is dropped instead, [`Limiter::leave`] finds that the
+//! then on, before its future has been polled. If the future is dropped instead, [`Limiter::leave_queue`] finds that the
 //! entry has received a permit and releases it, which passes it to the next entry.
 //!
-//! `hand_over` repeats until no entry may have a permit, so one release also fills a limit that has been raised.
+//! `grant_next` repeats until no entry may have a permit, so one release also fills a limit that has been raised.
+//!
+//! # Life
+//!
+//! A limiter is reference-counted by its layers, services, handles and waiting calls, and is deallocated with the last
+//! reference. A reference count per call would cost two atomic operations more than the permit itself. So only the word
+//! outlives the limiter: it lies in a [slot](crate::permit::Slot), and the permit of a call holds a `&'static` reference
+//! to the slot. The slot finds the limiter for the rare release that passes its permit on.
+//!
+//! Some calls need the limiter at their release: the calls of an adaptive limit, the calls of a partition, and exempt
+//! calls, which are not in the word. Their permits hold a counted reference; see `shared.rs`.
+//!
+//! The drop of the limiter sets ABANDONED. If no call is in flight then, the drop recycles the slot; otherwise the
+//! release that takes `in flight` from 1 to 0 with the bit set does. Both are read-modify-writes of one word, so exactly
+//! one of them observes "abandoned, and no call in flight". No call is admitted after the drop, because an admission
+//! needs a reference to the limiter, and no entry is in the queue, because a waiting call has one.
+//!
+//! Some code may still use the slot when another limiter owns it, without an effect on that limiter:
+//!
+//! - A call that was admitted in shadow mode is not counted. Its release does nothing.
+//! - A response body whose permit the sweeper has released still owns its reader slot, and frees only that.
+//! - The sweeper continues for the new owner.
+//! - A release that found a waiting call looks up the limiter after its `fetch_sub`. The waiting call and the limiter
+//!   may be dropped in between. Then it finds no limiter, or calls `grant_next` for the new owner, which passes on only
+//!   permits that are free.
 //!
 //! # Invariants
 //!
@@ -31,44 +55,51 @@
 //!   observe too many calls in flight and be rejected. After the limit has been lowered, `in flight` may exceed it
 //!   until calls end.
 //! - No permit is lost while a call waits. Both counts are in one word, so its modifications have one order. Either a
-//!   release comes before the compare-exchange of `join`: then that compare-exchange fails or observes the free permit,
-//!   and the call acquires it. Or it comes after: then the value that `fetch_sub` returns has `waiting > 0`, and the
-//!   releasing thread calls `hand_over`. `hand_over` has to take the lock, so the entry is in the queue by then. Two
-//!   separate atomics would need a fence between them; do not split the word.
+//!   release comes before the compare-exchange of `join_queue`: then that compare-exchange fails or observes the free
+//!   permit, and the call acquires it. Or it comes after: then the value that `fetch_sub` returns has `waiting > 0`, and
+//!   the releasing thread calls `grant_next`. `grant_next` has to take the lock, so the entry is in the queue by then.
+//!   Two separate atomics would need a fence between them; do not split the word.
 //! - While the lock is free, `waiting` equals the number of entries in the queue: each change of `waiting` happens
 //!   under the lock, together with the change of the queue.
-//! - `hand_over` moves a caller from `waiting` to `in flight` in one step. In two steps, a new call could acquire the
+//! - `grant_next` moves a caller from `waiting` to `in flight` in one step. In two steps, a new call could acquire the
 //!   permit in between, or `in flight` would exceed the limit.
-//! - A change of the limit calls `hand_over` after the store. A concurrent `join` either comes first in the order of
-//!   the lock, so that `hand_over` finds its entry, or comes later and observes the new limit. `enter` reads the limit
-//!   without the lock and may use the old value for a moment: then it fails and `join` decides, or it admits a call by
-//!   a limit that has just been lowered.
-//! - With partitions or priorities every admission takes the lock (`core/sorted.rs`), because the counts of the
-//!   partitions are in the queue. The word is changed by the same operations, and their calls do not use `enter`.
+//! - A change of the limit calls `grant_next` after the store. A concurrent `join_queue` either comes first in the order
+//!   of the lock, so that `grant_next` finds its entry, or comes later and observes the new limit. `try_acquire` reads
+//!   the limit without the lock and may use the old value for a moment: then it fails and `join_queue` decides, or it
+//!   admits a call by a limit that has just been lowered.
+//! - With partitions or priorities every admission takes the lock (`partitioned.rs`), because the counts of the
+//!   partitions are in the queue. The word is changed by the same operations, and their calls do not use `try_acquire`.
 //! - No user code runs under the lock: wakers are woken, cloned and dropped without it.
 //!
 //! # Memory orderings
 //!
-//! - The Acquire of `enter`, `join` and `hand_over` pairs with the Release of `exit` (both are AcqRel where they do two
-//!   things): the writes of a call happen before the next call that uses its permit. All changes of the word are
-//!   read-modify-writes, so the release sequence of each exit extends to every later acquire.
-//! - The AcqRel of `exit` and of [`abandon`](Limiter::abandon) also orders the last use of the limiter before its
-//!   renewal; see `core/life.rs`.
+//! - The Acquire of an admission (`try_acquire`, or `change` in `join_queue` and `grant_next`) pairs with the Release of
+//!   [`LimitWord::release`]: the writes of a call happen before the next call that uses its permit. All changes of the
+//!   word are read-modify-writes, so the release sequence of each release extends to every later acquire.
+//! - `release` and [`LimitWord::abandon`] are AcqRel, so the thread that recycles the slot has acquired the writes of all
+//!   other calls. The free list publishes them to the next owner, whose [`LimitWord::reset`] can be Relaxed.
 //! - Loads before a compare-exchange are Relaxed: a stale value makes the compare-exchange fail. A stale `waiting > 0`
-//!   or `in flight == limit` in `enter` leads to `join`, which decides by a compare-exchange of its own.
+//!   or `in flight == limit` in `try_acquire` leads to `join_queue`, which decides by a compare-exchange of its own.
 //! - The limit is ordered by the lock where it matters, as stated above. The other settings are independent values and
 //!   are Relaxed.
+//!
+//! # What a change must preserve
+//!
+//! - Both counts and ABANDONED stay in one word, and every change of it is a read-modify-write.
+//! - A change of `waiting` and that of the queue are under one lock hold.
+//! - A permit whose release needs the limiter holds a counted reference: [`NEEDS_LIMITER`](super::tag::NEEDS_LIMITER).
+//! - [`LimitWord::reset`] resets each setting of the word, and nothing that a call of a former owner uses.
 
-mod life;
 #[cfg(all(test, buttress_loom))]
 mod loom_models;
 mod partitioned;
 mod settings;
-mod unread;
+#[cfg(all(test, not(buttress_loom)))]
+mod tests;
+mod word;
 
 use std::{
     fmt,
-    ops::RangeInclusive,
     sync::{Arc, OnceLock},
     task::{Context, Waker},
     time::Duration,
@@ -76,37 +107,38 @@ use std::{
 
 use tokio::time::Instant;
 
+use self::word::AfterRelease;
+pub(super) use self::word::LimitWord;
 use super::{
-    adaptive::Teller,
-    partition::{Line, Priority},
-    queue::{Place, Queue, QueueOrder, Registered, Turn},
+    adaptive::Sampler,
+    partition::Priority,
+    queue::{EntryId, Position, Queue, Registered},
+    tag::{EXEMPT, HEALTH_CHECK, HEALTH_WATCH, MARKS, SHADOW, of_partition, partition},
 };
 use crate::{
     event::event,
     fault::LayerName,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
-    permit::Token,
+    permit::{FreeSlots, Slot, SlotOwner, Token},
     sync::modelled::{
         Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
 
-/// One concurrency limit: its permits, queue, settings and counters.
+/// One concurrency limit: its queue, settings and counters. The counts of its permits are in the word of its slot.
 pub struct Limiter {
-    /// `waiting << 32 | in flight`; see the module. While `waiting` is not zero, permits are acquired through the queue
-    /// only.
-    word: AtomicU64,
+    slot: &'static Slot<Self>,
     limit: AtomicU32,
-    adaptive: Option<Teller>,
+    adaptive: Option<Sampler>,
+    /// Whether the limit has partitions or priorities, so that each admission takes the lock.
+    is_partitioned: AtomicBool,
     queue: Mutex<Queue>,
     /// The maximum length of the queue; 0 is no queue.
-    longest_queue: AtomicU32,
+    max_queue: AtomicU32,
     /// The maximum wait of a queue entry.
-    longest_wait_ms: AtomicU64,
+    max_wait_ms: AtomicU64,
     retry_after_ms: AtomicU64,
-    /// Whether a permit is released at the response head.
-    to_the_head_only: AtomicBool,
     shadow: AtomicBool,
     /// Whether health calls are exempt.
     exempts_health: AtomicBool,
@@ -114,113 +146,82 @@ pub struct Limiter {
     health_checks: AtomicU32,
     /// The number of exempt `Watch` streams of `grpc.health.v1` in flight.
     health_watches: AtomicU32,
-    unread: Unread,
-    counts: LimitCounts,
-    /// Whether the limit has partitions or priorities, so that each admission takes the lock.
-    sorts: AtomicBool,
-    /// The number of uses that keep a fixed limit from being renewed: each exempt call in flight is one, and the owners
-    /// and the calls in flight are one together. See `core/life.rs`.
-    uses: AtomicU32,
-    /// The reference by which the limiter returns to the [free list](super::reuse::Limit). Not set for an adaptive
-    /// limit.
-    home: OnceLock<&'static Self>,
+    counters: LimitCounters,
+    label: OnceLock<Arc<LayerName>>,
+    /// Whether a layer has built a service with this limiter.
+    is_in_use: AtomicBool,
 }
 
 /// The counters of rejections and of calls without a permit. On a cache line of its own, so that a rejection does not
 /// invalidate the line that admitted calls read.
 #[derive(Default)]
 #[repr(align(128))]
-struct LimitCounts {
+struct LimitCounters {
     full: AtomicU64,
     waited_too_long: AtomicU64,
     deadline_passed: AtomicU64,
     outranked: AtomicU64,
     shadowed: AtomicU64,
     exempt: AtomicU64,
+    exempt_in_flight: AtomicU32,
+    unread: AtomicU64,
 }
 
 /// The result of an attempt to acquire a permit or to join the queue.
-pub(crate) enum Entry {
-    /// A permit has been acquired.
-    In(Token),
-    /// The call has joined the queue.
-    Waits(Place),
+pub(crate) enum Acquisition {
+    Admitted(Token),
+    Queued(EntryId),
 }
 
 /// The default of the `Retry-After` hint of rejections.
 const RETRY_AFTER_MS: u64 = 1000;
-
-const ONE_IN: u64 = 1;
-const ONE_WAITING: u64 = 1 << 32;
-/// Set when the last [`Limit`](super::reuse::Limit) has been dropped. It is the highest bit of the waiting count,
-/// which is zero by then: a waiting call has a `Limit`. So `exit` detects a waiting call and an abandoned limit by one
-/// comparison.
-const ABANDONED: u64 = 1 << 63;
-/// The maximum of the waiting count, which does not use the bit of [`ABANDONED`].
-pub(super) const MOST_WAITING: u32 = (1 << 31) - 1;
-
-/// The bits of a [`Token`]'s tag that are not for the algorithm. The layout of a tag:
-///
-/// ```text
-/// bit 63        EXEMPT
-/// bit 62        SHADOW
-/// bit 61        HEALTH_WATCH
-/// bit 60        HEALTH_CHECK
-/// bits 59..40   the slot of a watched body, counted from 1 (`core/unread.rs`); 0 is none
-/// bits 39..32   the index of the queue ([`Line`]); 0 is the calls without a share
-/// bits 31..0    the number of calls in flight at the admission, for the algorithm of an adaptive limit; else 0
-/// ```
-///
-/// A call of a fixed limit without any of these has the tag 0, so that [`Limiter::end`] tests a single value.
-const MARKS: u64 = !0 << 32;
-/// A call that needs no permit.
-const EXEMPT: u64 = 1 << 63;
-/// A call that was admitted in shadow mode instead of being rejected. It has no permit.
-const SHADOW: u64 = 1 << 62;
-/// An exempt `Watch` stream of `grpc.health.v1`.
-const HEALTH_WATCH: u64 = 1 << 61;
-/// An exempt `Check` of `grpc.health.v1`.
-const HEALTH_CHECK: u64 = 1 << 60;
 /// The maximum number of exempt checks of one limit at a time. They end fast, because a health registry responds at
 /// once.
 const MAX_HEALTH_CHECKS: u32 = 1024;
 /// The maximum number of exempt `Watch` streams of one limit.
 const MAX_HEALTH_WATCHES: u32 = 64;
 
-/// Returns the bits of a tag for the index of a queue.
-fn mark(line: Line) -> u64 {
-    u64::from(line) << 32
-}
+impl SlotOwner for Limiter {
+    type Word = LimitWord;
 
-fn in_flight(word: u64) -> u32 {
-    word as u32
-}
-
-fn waiting(word: u64) -> u32 {
-    (word >> 32) as u32
+    fn free_slots() -> &'static FreeSlots<Self> {
+        static FREE: FreeSlots<Limiter> = FreeSlots::new();
+        &FREE
+    }
 }
 
 impl Limiter {
-    pub(super) fn new(limit: u32, adaptive: Option<Teller>) -> Self {
+    /// Returns a limiter that its slot does not find yet: the owner registers it.
+    pub(super) fn new(limit: u32, adaptive: Option<Sampler>) -> Self {
+        let slot = Slot::<Self>::allocate();
+        slot.word().reset();
         Self {
-            word: AtomicU64::new(0),
+            slot,
             limit: AtomicU32::new(limit),
             adaptive,
+            is_partitioned: AtomicBool::new(false),
             queue: Mutex::new(Queue::default()),
-            longest_queue: AtomicU32::new(0),
-            longest_wait_ms: AtomicU64::new(0),
+            max_queue: AtomicU32::new(0),
+            max_wait_ms: AtomicU64::new(0),
             retry_after_ms: AtomicU64::new(RETRY_AFTER_MS),
-            to_the_head_only: AtomicBool::new(false),
             shadow: AtomicBool::new(false),
             exempts_health: AtomicBool::new(true),
             health_checks: AtomicU32::new(0),
             health_watches: AtomicU32::new(0),
-            unread: Unread::default(),
-            counts: LimitCounts::default(),
-            sorts: AtomicBool::new(false),
-            uses: AtomicU32::new(1),
-            home: OnceLock::new(),
+            counters: LimitCounters::default(),
+            label: OnceLock::new(),
+            is_in_use: AtomicBool::new(false),
         }
+    }
+
+    #[inline]
+    pub(super) fn slot(&self) -> &'static Slot<Self> {
+        self.slot
+    }
+
+    #[inline]
+    fn word(&self) -> &'static LimitWord {
+        self.slot.word()
     }
 
     // ===== Acquiring a permit =====
@@ -239,62 +240,52 @@ impl Limiter {
     }
 
     /// Returns the maximum length of the queue. It is 0 in shadow mode, in which no call waits.
-    fn longest_queue(&self) -> u32 {
-        if self.is_shadow() { 0 } else { self.longest_queue.load(Ordering::Relaxed) }
+    fn max_queue(&self) -> u32 {
+        if self.is_shadow() { 0 } else { self.max_queue.load(Ordering::Relaxed) }
     }
 
     /// Returns whether a call would be admitted at once. The result may be outdated at once.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
-        let word = self.word.load(Ordering::Relaxed);
-        (waiting(word) == 0 && in_flight(word) < self.limit()) || self.is_shadow()
+        self.word().counts().has_room(self.limit()) || self.is_shadow()
     }
 
     /// Acquires a permit, if one is free and no call waits. For calls without partitions and priorities.
     #[inline]
-    pub(super) fn enter(&self) -> Option<Token> {
-        let mut word = self.word.load(Ordering::Relaxed);
-        // A compare-exchange instead of an addition that is undone on failure, although the latter is faster under
-        // contention: other calls would observe more calls in flight than there are, and be rejected.
-        while waiting(word) == 0 && in_flight(word) < self.limit() {
-            match self.word.compare_exchange_weak(
-                word,
-                word + ONE_IN,
-                Ordering::Acquire,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return Some(self.begin(in_flight(word) + 1)),
-                Err(now) => word = now,
-            }
-        }
-        None
+    pub(super) fn try_acquire(&self) -> Option<Token> {
+        self.word().try_acquire(|| self.limit()).map(|in_flight| self.start(in_flight))
     }
 
     /// Returns the token of an admitted call. `in_flight` includes the call. The token of a fixed limit is empty: only
     /// an algorithm uses the number.
     #[inline]
-    pub(super) fn begin(&self, in_flight: u32) -> Token {
-        self.adaptive.as_ref().map_or(Token::default(), |adaptive| adaptive.started(in_flight))
+    fn start(&self, in_flight: u32) -> Token {
+        self.adaptive.as_ref().map_or(Token::default(), |adaptive| adaptive.start(in_flight))
     }
 
     /// Joins the queue, or acquires a permit that has become free. For calls without partitions and priorities.
-    pub(super) fn join(&self) -> Result<Entry, RejectedKind> {
-        let longest = self.longest_queue();
-        if longest == 0 || self.limit() == 0 {
+    pub(super) fn join_queue(&self) -> Result<Acquisition, RejectedKind> {
+        let max = self.max_queue();
+        if max == 0 || self.limit() == 0 {
             return Err(RejectedKind::Full);
         }
         let mut queue = self.lock();
-        let mut word = self.word.load(Ordering::Relaxed);
+        let mut counts = self.word().counts();
         loop {
-            let room = waiting(word) == 0 && in_flight(word) < self.limit();
-            if !room && waiting(word) >= longest {
+            let has_room = counts.has_room(self.limit());
+            if !has_room && counts.waiting() >= max {
                 return Err(RejectedKind::Full);
             }
-            let next = if room { word + ONE_IN } else { word + ONE_WAITING };
-            match self.word.compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) if room => return Ok(Entry::In(self.begin(in_flight(next)))),
-                Ok(_) => return Ok(Entry::Waits(queue.join(0, Priority::NORMAL, Instant::now()))),
-                Err(now) => word = now,
+            let next = if has_room { counts.with_call() } else { counts.with_waiting() };
+            match self.word().change(counts, next) {
+                Ok(()) if has_room => {
+                    return Ok(Acquisition::Admitted(self.start(next.in_flight())));
+                }
+                Ok(()) => {
+                    let entry = queue.join(0, Priority::NORMAL, Instant::now());
+                    return Ok(Acquisition::Queued(entry));
+                }
+                Err(current) => counts = current,
             }
         }
     }
@@ -302,18 +293,18 @@ impl Limiter {
     /// Returns the state of this queue entry. If it waits, the waker of `cx` is woken when the state changes.
     ///
     /// `is_new`: no waker has been registered for the entry yet.
-    pub(super) fn look(&self, place: Place, is_new: bool, cx: &Context<'_>) -> Turn {
+    pub(super) fn poll_position(&self, entry: EntryId, is_new: bool, cx: &Context<'_>) -> Position {
         // A waker is user code. It is cloned and dropped without the lock: the last waker of a task drops the task,
         // which may hold permits of this limit.
         let mut waker = is_new.then(|| cx.waker().clone());
         loop {
             let mut queue = self.lock();
-            let (turn, before) = queue.look(place, cx.waker(), waker.take());
+            let (position, before) = queue.position(entry, cx.waker(), waker.take());
             drop(queue);
             match before {
                 Registered::Done(before) => {
                     drop(before);
-                    return turn;
+                    return position;
                 }
                 Registered::NeedsWaker => waker = Some(cx.waker().clone()),
             }
@@ -321,19 +312,17 @@ impl Limiter {
     }
 
     /// Removes a queue entry, or releases the permit that it has received.
-    pub(super) fn leave(&self, place: Place) {
+    pub(super) fn leave_queue(&self, entry: EntryId) {
         let mut queue = self.lock();
-        let (turn, waker) = queue.leave(place);
-        match turn {
-            Turn::Waits => {
-                self.word.fetch_sub(ONE_WAITING, Ordering::AcqRel);
-            }
-            Turn::Come => queue.shares.exit(place.0),
-            Turn::Lost => {}
+        let (position, waker) = queue.leave(entry);
+        match position {
+            Position::Queued => self.word().remove_waiting(),
+            Position::Granted => queue.shares.record_release(entry.0),
+            Position::Displaced => {}
         }
         drop(queue);
-        if turn == Turn::Come {
-            self.exit();
+        if position == Position::Granted {
+            self.release_permit();
         }
         drop(waker);
     }
@@ -342,31 +331,38 @@ impl Limiter {
 
     /// Releases the permit of a call that has ended.
     #[inline]
-    pub(super) fn end(&self, token: Token) {
+    pub(super) fn release(&self, token: Token) {
         if token.tag & MARKS == 0 {
-            self.exit();
+            self.release_permit();
         } else {
-            self.end_marked(token);
+            self.release_marked(token);
         }
     }
 
-    /// Releases a permit of the word, and passes it on if a call waits.
+    /// Releases a permit of the word, and passes it on if a call waits. The limiter exists, so its slot is not
+    /// abandoned.
     #[inline]
-    fn exit(&self) {
-        let before = self.word.fetch_sub(ONE_IN, Ordering::AcqRel);
-        if before >= ONE_WAITING {
-            self.exited(before);
+    fn release_permit(&self) {
+        if self.word().release() == AfterRelease::GrantNext {
+            self.grant_next();
         }
     }
 
-    /// Handles a release after which there is more to do. `before` is the word before it. An abandoned limit has no
-    /// waiting calls, and its last call ends the use of it.
+    /// Releases the permit of a call that holds no reference to the limiter, and passes it on if a call waits.
+    #[inline]
+    pub(super) fn release_in(slot: &Slot<Self>) {
+        let next = slot.word().release();
+        if next != AfterRelease::Nothing {
+            Self::released_in(slot, next);
+        }
+    }
+
     #[cold]
-    fn exited(&self, before: u64) {
-        if before & ABANDONED == 0 {
-            self.hand_over();
-        } else if in_flight(before) == 1 {
-            self.leave_use();
+    fn released_in(slot: &Slot<Self>, next: AfterRelease) {
+        if next == AfterRelease::Recycle {
+            slot.recycle();
+        } else if let Some(limiter) = slot.owner() {
+            limiter.grant_next();
         }
     }
 
@@ -374,25 +370,25 @@ impl Limiter {
 
     /// Records the response head of a call with the algorithm, and admits waiting calls if the limit was raised.
     #[inline]
-    pub(super) fn heard_head(&self, token: &mut Token, so_far: Outcome) {
+    pub(super) fn record_head(&self, token: &mut Token, so_far: Outcome) {
         let Some(adaptive) = &self.adaptive else { return };
         // The algorithm gets a token without the marks, which only the release needs. The token of the call keeps its
         // marks even if the algorithm panics, so that the release stays correct.
         let mut unmarked = Token { tag: token.tag & !MARKS, ..*token };
-        let changed = adaptive.head(&mut unmarked, so_far, |limit| self.store(limit));
+        let changed = adaptive.record_head(&mut unmarked, so_far, |limit| self.store(limit));
         *token = Token { tag: token.tag & MARKS | unmarked.tag, ..unmarked };
         if changed {
-            self.hand_over();
+            self.grant_next();
         }
     }
 
     /// Records the end of a call with the algorithm, and admits waiting calls if the limit was raised.
     #[inline]
-    pub(super) fn heard_end(&self, mut token: Token, outcome: Outcome) {
+    pub(super) fn record_end(&self, mut token: Token, outcome: Outcome) {
         if let Some(adaptive) = &self.adaptive {
             token.tag &= !MARKS;
-            if adaptive.on_sample(token, outcome, |limit| self.store(limit)) {
-                self.hand_over();
+            if adaptive.record(token, outcome, |limit| self.store(limit)) {
+                self.grant_next();
             }
         }
     }
@@ -400,26 +396,21 @@ impl Limiter {
     // ===== Passing permits to waiting calls =====
 
     /// Passes permits to queue entries while there are free permits. Each waker is woken without the lock.
-    pub(super) fn hand_over(&self) {
+    pub(super) fn grant_next(&self) {
         loop {
             let mut queue = self.lock();
-            let mut word = self.word.load(Ordering::Acquire);
-            let turn = loop {
-                let turn = queue.turn(self.limit(), in_flight(word), Instant::now);
-                let Some(line) = turn else { break None };
+            let mut counts = self.word().observed();
+            let granted = loop {
+                let index = queue.next_index(self.limit(), counts.in_flight(), Instant::now);
+                let Some(index) = index else { break None };
                 // Both counts change in one step; see the invariants of the module.
-                match self.word.compare_exchange_weak(
-                    word,
-                    word - ONE_WAITING + ONE_IN,
-                    Ordering::AcqRel,
-                    Ordering::Acquire,
-                ) {
-                    Ok(_) => break Some(queue.next(line, Instant::now())),
-                    Err(now) => word = now,
+                match self.word().change(counts, counts.with_grant()) {
+                    Ok(()) => break Some(queue.grant(index, Instant::now())),
+                    Err(current) => counts = current,
                 }
             };
             drop(queue);
-            match turn {
+            match granted {
                 None => return,
                 Some(waker) => waker.into_iter().for_each(Waker::wake),
             }
@@ -432,18 +423,14 @@ impl Limiter {
     }
 
     /// Rejects a call. In shadow mode, admits it without a permit instead, and counts it.
-    pub(super) fn turn_away(
-        &self,
-        kind: RejectedKind,
-        label: impl FnOnce() -> Option<Arc<LayerName>>,
-    ) -> Result<Token, Rejected> {
-        let label = label();
-        let _name = label.as_deref().map_or("", |label| &*label.name);
+    pub(super) fn reject(&self, kind: RejectedKind) -> Result<Token, Rejected> {
+        let label = self.label.get();
+        let _name = label.map_or("", |label| &*label.name);
         if !self.is_shadow() {
             event!(limit, DEBUG, resilience.name = _name, reason = kind.as_str(), "call rejected");
-            return Err(self.refuse(kind).labelled(label));
+            return Err(self.rejection(kind).labelled(label.cloned()));
         }
-        self.counts.shadowed.fetch_add(1, Ordering::Relaxed);
+        self.counters.shadowed.fetch_add(1, Ordering::Relaxed);
         event!(
             limit,
             DEBUG,
@@ -456,23 +443,45 @@ impl Limiter {
 
     fn counter(&self, kind: RejectedKind) -> &AtomicU64 {
         match kind {
-            RejectedKind::WaitedTooLong => &self.counts.waited_too_long,
-            RejectedKind::DeadlinePassed => &self.counts.deadline_passed,
-            RejectedKind::Outranked => &self.counts.outranked,
-            _ => &self.counts.full,
+            RejectedKind::WaitedTooLong => &self.counters.waited_too_long,
+            RejectedKind::DeadlinePassed => &self.counters.deadline_passed,
+            RejectedKind::Outranked => &self.counters.outranked,
+            _ => &self.counters.full,
         }
     }
 
     /// Counts a rejection and returns it, with the hint of the limit.
-    fn refuse(&self, kind: RejectedKind) -> Rejected {
+    fn rejection(&self, kind: RejectedKind) -> Rejected {
         self.counter(kind).fetch_add(1, Ordering::Relaxed);
         let rejected = Rejected::by(LayerKind::ConcurrencyLimit, kind);
         if kind == RejectedKind::DeadlinePassed {
             // A call whose deadline has passed has no use for a later response, so there is no hint.
             return rejected;
         }
-        rejected
-            .with_retry_after(Duration::from_millis(self.retry_after_ms.load(Ordering::Relaxed)))
+        rejected.with_retry_after(self.retry_after())
+    }
+
+    /// Releases the permit of an unread response.
+    pub(super) fn release_unread(&self, token: Token) {
+        self.counters.unread.fetch_add(1, Ordering::Relaxed);
+        let _name = self.label.get().map_or("", |label| &*label.name);
+        event!(
+            limit,
+            DEBUG,
+            resilience.name = _name,
+            reason = "unread",
+            "response not read, permit released"
+        );
+        self.release(token);
+    }
+}
+
+impl Drop for Limiter {
+    fn drop(&mut self) {
+        self.slot.unregister();
+        if self.word().abandon() {
+            self.slot.recycle();
+        }
     }
 }
 
@@ -485,5 +494,3 @@ impl fmt::Debug for Limiter {
             .finish_non_exhaustive()
     }
 }
-
-use unread::Unread;

@@ -1,6 +1,13 @@
 //! The settings of a limiter, and what its handle reads.
 
+use std::ops::RangeInclusive;
+
 use super::*;
+use crate::limit::queue::QueueOrder;
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
 
 impl Limiter {
     // ===== Settings =====
@@ -15,7 +22,7 @@ impl Limiter {
             }
             Some(adaptive) => adaptive.set_limit(limit, |limit| self.store(limit)),
         };
-        self.hand_over();
+        self.grant_next();
         set
     }
 
@@ -24,18 +31,17 @@ impl Limiter {
     pub(crate) fn set_bounds(&self, bounds: RangeInclusive<u32>) -> Option<bool> {
         let Some(adaptive) = &self.adaptive else { return Some(false) };
         let has_any = adaptive.set_bounds(bounds, |limit| self.store(limit));
-        self.hand_over();
+        self.grant_next();
         has_any
     }
 
-    pub(crate) fn adaptive(&self) -> Option<&Teller> {
+    pub(crate) fn adaptive(&self) -> Option<&Sampler> {
         self.adaptive.as_ref()
     }
 
-    pub(crate) fn set_queue(&self, length: u32, longest_wait: Duration) {
-        let ms = u64::try_from(longest_wait.as_millis()).unwrap_or(u64::MAX);
-        self.longest_wait_ms.store(ms, Ordering::Relaxed);
-        self.longest_queue.store(length, Ordering::Relaxed);
+    pub(crate) fn set_queue(&self, length: u32, max_wait: Duration) {
+        self.max_wait_ms.store(millis(max_wait), Ordering::Relaxed);
+        self.max_queue.store(length, Ordering::Relaxed);
     }
 
     pub(crate) fn set_order(&self, order: QueueOrder) {
@@ -50,37 +56,83 @@ impl Limiter {
         self.exempts_health.store(on, Ordering::Relaxed);
     }
 
-    pub(crate) fn longest_wait(&self) -> Duration {
-        Duration::from_millis(self.longest_wait_ms.load(Ordering::Relaxed))
+    pub(crate) fn max_wait(&self) -> Duration {
+        Duration::from_millis(self.max_wait_ms.load(Ordering::Relaxed))
     }
 
     pub(crate) fn set_retry_after(&self, after: Duration) {
-        let ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-        self.retry_after_ms.store(ms, Ordering::Relaxed);
+        self.retry_after_ms.store(millis(after), Ordering::Relaxed);
     }
 
-    pub(crate) fn release_at_head(&self) {
-        self.to_the_head_only.store(true, Ordering::Relaxed);
+    pub(super) fn retry_after(&self) -> Duration {
+        Duration::from_millis(self.retry_after_ms.load(Ordering::Relaxed))
     }
 
-    #[inline]
-    pub(crate) fn releases_at_head(&self) -> bool {
-        self.to_the_head_only.load(Ordering::Relaxed)
+    pub(crate) fn set_release_at_head(&self, on: bool) {
+        self.word().set_release_at_head(on);
+    }
+
+    pub(crate) fn set_max_unread(&self, max: Option<Duration>) {
+        self.word().readers.set_max(max);
+    }
+
+    /// Sets the name in rejections and events. Only the first name takes effect, because it is read without a lock.
+    pub(crate) fn set_name(&self, name: &str) {
+        let _ = self.label.set(Arc::new(LayerName { name: name.into(), fault: None }));
+    }
+
+    // ===== Services of several clones of a layer =====
+
+    /// Records that a layer has built a service with this limiter.
+    pub(crate) fn set_in_use(&self) {
+        if !self.is_in_use() {
+            self.is_in_use.store(true, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.is_in_use.load(Ordering::Relaxed)
+    }
+
+    /// Returns a limiter with the same settings and without calls. `None` if the algorithm of an adaptive limit panicked.
+    pub(crate) fn fork(&self) -> Option<Self> {
+        let adaptive = match &self.adaptive {
+            Some(adaptive) => Some(adaptive.fork()?),
+            None => None,
+        };
+        let fork = Self::new(self.limit(), adaptive);
+        fork.set_queue(self.max_queue.load(Ordering::Relaxed), self.max_wait());
+        fork.set_retry_after(self.retry_after());
+        fork.set_shadow(self.is_shadow());
+        fork.set_exempts_health(self.exempts_health.load(Ordering::Relaxed));
+        fork.set_release_at_head(self.word().releases_at_head());
+        fork.set_max_unread(self.word().readers.max());
+        *fork.lock() = self.lock().fork();
+        fork.is_partitioned.store(self.is_partitioned.load(Ordering::Relaxed), Ordering::Relaxed);
+        if let Some(label) = self.label.get() {
+            let _ = fork.label.set(label.clone());
+        }
+        Some(fork)
     }
 
     // ===== Snapshots =====
 
     pub(crate) fn in_flight(&self) -> u32 {
-        in_flight(self.word.load(Ordering::Acquire))
+        self.word().observed().in_flight()
     }
 
     pub(crate) fn waiting(&self) -> u32 {
-        waiting(self.word.load(Ordering::Acquire))
+        self.word().observed().waiting()
     }
 
     /// Returns the number of calls admitted in shadow mode that would have been rejected.
     pub(crate) fn shadowed(&self) -> u64 {
-        self.counts.shadowed.load(Ordering::Relaxed)
+        self.counters.shadowed.load(Ordering::Relaxed)
+    }
+
+    /// Returns the number of permits of unread responses that were released.
+    pub(crate) fn unread(&self) -> u64 {
+        self.counters.unread.load(Ordering::Relaxed)
     }
 
     /// Returns the time that this share of the recent waits did not exceed. `None` if no call waited.
@@ -89,7 +141,7 @@ impl Limiter {
     }
 
     /// Returns the number of rejections of this kind.
-    pub(crate) fn refused(&self, kind: RejectedKind) -> u64 {
+    pub(crate) fn rejected(&self, kind: RejectedKind) -> u64 {
         self.counter(kind).load(Ordering::Relaxed)
     }
 }

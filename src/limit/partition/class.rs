@@ -13,7 +13,7 @@ pub struct CallClass {
 }
 
 impl CallClass {
-    /// Returns the claim of an exempt call: it is never rejected, never waits, and is not counted as in flight.
+    /// Returns the class of exempt calls: such a call is never rejected, never waits, and is not counted as in flight.
     #[must_use]
     pub const fn exempt() -> Self {
         Self { exempt: true, partition: None, priority: Priority::NORMAL }
@@ -138,12 +138,12 @@ impl fmt::Debug for Priority {
 
 /// Classifies requests: returns the [`CallClass`] of each request. Implemented for closures over the request.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` returns no claim for requests of type `{Req}`",
-    note = "`.sorted_by(|request: &Req| Claim::default())` needs exactly the request type of the service; `.exempt_paths(..)` needs `http::Request<B>`"
+    message = "`{Self}` does not classify requests of type `{Req}`",
+    note = "`.classify_by(|request: &Req| CallClass::default())` needs exactly the request type of the service; `.exempt_paths(..)` needs `http::Request<B>`"
 )]
 pub trait ClassifyCall<Req>: Clone + Send + Sync + 'static {
-    /// Returns the claim of this request.
-    fn claim(&self, request: &Req) -> CallClass;
+    /// Returns the class of this request.
+    fn classify(&self, request: &Req) -> CallClass;
 }
 
 impl<F, Req> ClassifyCall<Req> for F
@@ -151,7 +151,7 @@ where
     F: Fn(&Req) -> CallClass + Clone + Send + Sync + 'static,
 {
     #[inline]
-    fn claim(&self, request: &Req) -> CallClass {
+    fn classify(&self, request: &Req) -> CallClass {
         self(request)
     }
 }
@@ -202,7 +202,7 @@ fn is_ambiguous(path: &str) -> bool {
 }
 
 impl<B> ClassifyCall<Request<B>> for ExemptPaths {
-    fn claim(&self, request: &Request<B>) -> CallClass {
+    fn classify(&self, request: &Request<B>) -> CallClass {
         if self.has(request.uri().path()) { CallClass::exempt() } else { CallClass::default() }
     }
 }

@@ -1,9 +1,12 @@
-use std::{fmt, ops::Deref};
+use std::fmt;
 
 use tower_layer::Layer;
 
-use super::super::{handle::ConcurrencyLimitHandle, layer::ConcurrencyLimitLayer, reuse::Limit};
 use super::{
+    super::{
+        handle::ConcurrencyLimitHandle, layer::ConcurrencyLimitLayer, limiter::Limiter,
+        shared::SharedLimiter,
+    },
     class::{ExemptPaths, Priority},
     shares::Shares,
 };
@@ -15,8 +18,8 @@ use crate::{
 /// The policy of a limit that distinguishes calls.
 #[derive(Clone)]
 pub struct PartitionedPolicy<K> {
-    pub(crate) sort: K,
-    pub(crate) limiter: Limit,
+    pub(crate) classifier: K,
+    pub(crate) limiter: SharedLimiter,
 }
 
 impl<K> fmt::Debug for PartitionedPolicy<K> {
@@ -38,10 +41,15 @@ admission_layer! {
 impl<M, R> ConcurrencyLimitLayer<M, R> {
     /// Classifies calls by a closure over the request that returns a [`CallClass`](super::class::CallClass). Call the methods that set
     /// the limit, its queue and the other settings before this one.
-    pub fn classify_by<K>(self, sort: K) -> PartitionedLimitLayer<K, M, R> {
+    pub fn classify_by<K>(self, classifier: K) -> PartitionedLimitLayer<K, M, R> {
         let Plan { policy: limiter, protocol, reject, fault } = self.into_plan();
         PartitionedLimitLayer {
-            plan: Plan { policy: PartitionedPolicy { sort, limiter }, protocol, reject, fault },
+            plan: Plan {
+                policy: PartitionedPolicy { classifier, limiter },
+                protocol,
+                reject,
+                fault,
+            },
         }
     }
 
@@ -63,20 +71,25 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
 }
 
 impl<K, M, R> PartitionedLimitLayer<K, M, R> {
-    /// Sets the shares of the limit for the partitions 0, 1 and so on. Each share is above 0, their sum is 1 or less,
-    /// and there are 64 or fewer.
-    pub fn partitions(mut self, shares: &[f64]) -> Self {
-        if self.plan.accept(Shares::check(shares)).is_some() {
-            self.plan.policy.limiter.set_shares(shares);
+    /// Applies a valid setting. If a service uses the state of the layer, the layer gets a state of its own first.
+    fn set(mut self, checked: Result<(), ConfigError>, set: impl FnOnce(&Limiter)) -> Self {
+        let checked = checked.and_then(|()| self.plan.policy.limiter.detach());
+        if self.plan.accept(checked).is_some() {
+            set(&self.plan.policy.limiter);
         }
         self
+    }
+
+    /// Sets the shares of the limit for the partitions 0, 1 and so on. Each share is above 0, their sum is 1 or less,
+    /// and there are 64 or fewer.
+    pub fn partitions(self, shares: &[f64]) -> Self {
+        self.set(Shares::check(shares), |limiter| limiter.set_shares(shares))
     }
 
     /// Turns on rejection by priority: under overload, the calls of the lowest priority are rejected, and every server
     /// rejects the same ones. See [`Priority`](super::class::Priority).
     pub fn shed_by_priority(self) -> Self {
-        self.plan.policy.limiter.shed_by_priority();
-        self
+        self.set(Ok(()), |limiter| limiter.set_shed_by_priority(true))
     }
 
     /// Returns a handle that observes and changes the limit.
@@ -90,11 +103,12 @@ impl<S, K: Clone, M: Clone, R: Clone> Layer<S> for PartitionedLimitLayer<K, M, R
     type Service = PartitionedLimit<S, K, M, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
+        self.plan.policy.limiter.set_in_use();
         PartitionedLimit { admission: self.plan.service(inner) }
     }
 }
 
-/// A [`ConcurrencyLimitHandle`] with the partitions and the cutoff of priorities.
+/// A handle that observes and changes the partitions and priorities of a limit, and the [limit](Self::limit) itself.
 #[derive(Clone, Debug)]
 pub struct PartitionedLimitHandle(ConcurrencyLimitHandle);
 
@@ -107,15 +121,21 @@ pub struct Partition {
     /// The number of its calls in flight, including those with borrowed permits.
     pub in_flight: u32,
     /// The number of its calls that were rejected because no permit was free, at once or after waiting.
-    pub refused: u64,
+    pub rejected: u64,
 }
 
 impl PartitionedLimitHandle {
+    /// Returns the handle of the limit.
+    #[must_use]
+    pub fn limit(&self) -> &ConcurrencyLimitHandle {
+        &self.0
+    }
+
     /// Returns a snapshot of each partition, in the order of their numbers.
     #[must_use]
     pub fn partitions(&self) -> Vec<Partition> {
         let each = self.0.0.partitions().into_iter();
-        each.map(|(share, in_flight, refused)| Partition { share, in_flight, refused }).collect()
+        each.map(|(share, in_flight, rejected)| Partition { share, in_flight, rejected }).collect()
     }
 
     /// Returns the priority below which calls are rejected now, with
@@ -135,12 +155,9 @@ impl PartitionedLimitHandle {
         self.0.0.set_shares(shares);
         Ok(())
     }
-}
 
-impl Deref for PartitionedLimitHandle {
-    type Target = ConcurrencyLimitHandle;
-
-    fn deref(&self) -> &ConcurrencyLimitHandle {
-        &self.0
+    /// Turns rejection by priority on or off, as [`shed_by_priority`](PartitionedLimitLayer::shed_by_priority) does.
+    pub fn set_shed_by_priority(&self, on: bool) {
+        self.0.0.set_shed_by_priority(on);
     }
 }

@@ -49,14 +49,14 @@
 //!
 //! # Priorities
 //!
-//! [`shed_by_priority`](PartitionedLimitLayer::shed_by_priority) maintains a cutoff: calls whose priority is below it are
-//! rejected before they can queue. The cutoff is recomputed once per second, or after 2000 calls if that is earlier:
+//! [`shed_by_priority`](PartitionedLimitLayer::shed_by_priority) maintains a priority threshold: calls whose priority is
+//! below it are rejected before they can queue. The threshold is recomputed once per second, or after 2000 calls if that is earlier:
 //!
-//! - If more than a twentieth of the calls above the cutoff found no permit, the cutoff is set so that the number of
+//! - If more than a twentieth of the calls above the threshold found no permit, the threshold is set so that the number of
 //!   calls above it equals the number of calls that were admitted.
 //! - Otherwise it is lowered, so that 2 % more calls than were admitted are above it. The percentage doubles each time
 //!   that this case repeats.
-//! - With fewer than 20 calls, there is no cutoff.
+//! - With fewer than 20 calls, there is no threshold.
 //!
 //! Between the recomputations, a call that finds the queue full displaces the queue entry of the lowest priority of its
 //! partition, of several the latest, if that priority is lower than its own.
@@ -76,6 +76,6 @@ pub use self::{
 };
 pub(super) use self::{
     layer::PartitionedPolicy,
-    shares::{KEPT, Line, Shares},
-    threshold::Cutoff,
+    shares::{PartitionIndex, RESERVATION, Shares},
+    threshold::PriorityThreshold,
 };

@@ -116,6 +116,6 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let drained = server.await??;
     println!("ended: {} calls cut, {told} messages watched", drained.cut_calls);
     assert_eq!((drained.cut_calls, told), (0, 8));
-    assert_eq!(permits.snapshot().refused(), 0);
+    assert_eq!(permits.snapshot().rejected(), 0);
     Ok(())
 }
