@@ -1,13 +1,9 @@
 //! The state of one service of an attempt layer.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::budget::RetryBudget;
-
-/// Locks a mutex, and ignores the poison that a panic leaves.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use crate::sync::Mutex;
 
 /// The state of one service and its clones, which a call reaches through one pointer.
 pub(crate) struct Core<S, T> {
@@ -43,6 +39,6 @@ impl<S, T> Core<S, T> {
     where
         S: Clone,
     {
-        lock(&self.template).clone()
+        self.template.lock().clone()
     }
 }

@@ -59,7 +59,7 @@ pub use self::protocol::{PendingReqwest, Reqwest};
 pub(crate) use self::{
     attempt::{AttemptFuture, PolledHead, earns_deposit, is_good},
     backoff::{CallDelays, DelaySource},
-    core::{Core, lock},
+    core::Core,
     failure::PerKind,
     protocol::{classify_by_request, failed_status, keyed},
     token_bucket::{RETRY, RefillMode},

@@ -5,7 +5,7 @@ use std::{
     future::Future,
     pin::Pin,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
@@ -38,6 +38,7 @@ use super::{
     streams::{Lane, MAX_LANES},
     tcp::TcpConnector,
 };
+use crate::sync::Mutex;
 use crate::{
     error::{BoxError, ConfigError},
     origin::Origin,
@@ -193,7 +194,7 @@ where
         let body = SpareBody { body: Some(body), spare: Some(spare.clone()) };
         let (client, saved) = (self.clone(), parts.clone());
         let fallback = Box::new(move || {
-            let body = spare.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+            let body = spare.lock().take()?;
             let origin = Origin::of(&saved.uri);
             let host_ref = HostRef::register(&client.connections.0, origin, caller.client_id);
             let request = Request::from_parts(saved, body);
@@ -397,7 +398,7 @@ impl<B> Drop for SpareBody<B> {
     fn drop(&mut self) {
         if let Some(spare) = self.spare.take() {
             // `spare` is empty, so no body is dropped under the lock.
-            *spare.lock().unwrap_or_else(PoisonError::into_inner) = self.body.take();
+            *spare.lock() = self.body.take();
         }
     }
 }

@@ -33,7 +33,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     task::Waker,
@@ -48,6 +48,7 @@ use super::{
     state::ConnectState,
     streams::{Lane, Opening, Streams},
 };
+use crate::sync::{Mutex, MutexGuard};
 use crate::{
     outcome::Outcome,
     permit::{Permit, Release, ReleaseAt, Token},
@@ -417,7 +418,7 @@ impl Conn {
     }
 
     fn opening(&self) -> MutexGuard<'_, Option<Opening>> {
-        self.opening.lock().unwrap_or_else(PoisonError::into_inner)
+        self.opening.lock()
     }
 
     // ===== Waking =====
@@ -440,7 +441,7 @@ impl Conn {
     }
 
     fn registered_waker(&self) -> MutexGuard<'_, Option<Waker>> {
-        self.waker.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waker.lock()
     }
 }
 

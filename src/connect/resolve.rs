@@ -16,10 +16,11 @@ use std::{
     io,
     net::{SocketAddr, ToSocketAddrs},
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     task::{Context, Poll},
 };
 
+use crate::sync::{Mutex, MutexGuard};
 use hyper_util::client::legacy::connect::dns::Name;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, watch},
@@ -92,7 +93,7 @@ impl Lookups {
     }
 
     fn by_host(&self) -> MutexGuard<'_, HashMap<Box<str>, watch::Receiver<Option<LookupResult>>>> {
-        self.by_host.lock().unwrap_or_else(PoisonError::into_inner)
+        self.by_host.lock()
     }
 }
 

@@ -11,10 +11,11 @@
 //! free beyond the limit.
 
 use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
+    Arc,
     atomic::{AtomicUsize, Ordering::SeqCst, fence},
 };
 
+use crate::sync::{Mutex, MutexGuard};
 use tokio::sync::Semaphore;
 
 /// The number of permits that means no limit.
@@ -98,7 +99,7 @@ impl ShrinkableSemaphore {
     }
 
     fn limit(&self) -> MutexGuard<'_, usize> {
-        self.limit.lock().unwrap_or_else(PoisonError::into_inner)
+        self.limit.lock()
     }
 
     /// Changes the limit. A higher limit frees permits at once. A lower limit forgets the free permits at once and the

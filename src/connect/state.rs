@@ -37,7 +37,7 @@ use std::{
     future::{Future, poll_fn},
     pin::pin,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -54,6 +54,7 @@ use super::{
     semaphore::{NO_LIMIT, PermitPair, SemaphorePermit, ShrinkableSemaphore},
     streams::{Lane, Streams},
 };
+use crate::sync::{Mutex, MutexGuard};
 use crate::{
     event::event,
     fault::LayerName,
@@ -463,7 +464,7 @@ impl ConnectState {
 
     pub(super) fn hosts(&self) -> MutexGuard<'_, Hosts> {
         // A panic under the lock leaves every entry valid.
-        self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
+        self.hosts.lock()
     }
 }
 

@@ -34,7 +34,7 @@ use std::{
     future::{Future, poll_fn},
     pin::pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     task::Poll,
@@ -47,6 +47,7 @@ use super::{
     hosts::{Host, HostRef, HostVersion},
     semaphore::{PermitPair, ShrinkableSemaphore},
 };
+use crate::sync::{Mutex, MutexGuard};
 
 /// The maximum number of HTTP/2 connections of a client to one host.
 pub(super) const MAX_LANES: usize = 64;
@@ -266,7 +267,7 @@ impl Streams {
     }
 
     fn state(&self) -> MutexGuard<'_, LaneState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -1,16 +1,14 @@
 //! The latency of recent calls, for a delay that is a percentile of it.
 
 use std::{
-    sync::{
-        Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
 use tokio::time::Instant;
 
-use crate::{attempt::lock, time::RecentLatency};
+use crate::time::RecentLatency;
+use crate::sync::Mutex;
 
 /// A percentile of the latency of recent calls.
 pub(crate) struct LatencyPercentile {
@@ -55,7 +53,7 @@ impl LatencyPercentile {
     /// Records the latency of a call that began at this time, or a lower bound of it.
     pub(crate) fn record(&self, began: Instant) {
         let now = Instant::now();
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let latency = now.saturating_duration_since(began);
         if !state.recent.record(latency, now) && state.due > 0 {
             state.due -= 1;

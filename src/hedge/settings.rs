@@ -3,7 +3,7 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -12,7 +12,8 @@ use std::{
 use tokio::time::Instant;
 
 use super::percentile::LatencyPercentile;
-use crate::attempt::{RetryBudget, SafeRequests, SaveRules, lock};
+use crate::attempt::{RetryBudget, SafeRequests, SaveRules};
+use crate::sync::Mutex;
 
 /// The settings and the counts of one hedge layer.
 pub(crate) struct HedgeSettings {
@@ -79,7 +80,7 @@ impl HedgeSettings {
     }
 
     pub(crate) fn set_budget(&self, budget: Option<RetryBudget>) {
-        let before = std::mem::replace(&mut *lock(&self.budget), budget);
+        let before = std::mem::replace(&mut *self.budget.lock(), budget);
         drop(before);
     }
 
@@ -142,7 +143,7 @@ impl HedgeSettings {
     }
 
     pub(crate) fn budget(&self) -> Option<RetryBudget> {
-        lock(&self.budget).clone()
+        self.budget.lock().clone()
     }
 }
 

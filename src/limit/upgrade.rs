@@ -1,12 +1,9 @@
 //! Permits that outlive their call, for upgraded connections.
 
-use std::{
-    fmt, mem,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{fmt, mem, sync::Arc, time::Duration};
 
 use super::shared::LimitPermit;
+use crate::sync::{Mutex, MutexGuard};
 use crate::{
     classify::Classifier,
     outcome::{CallerDeadline, HealthCall, Outcome, SentMark, UpstreamClock, WaitsFor},
@@ -124,7 +121,7 @@ enum Holder {
 
 impl UpgradeSlot {
     fn lock(&self) -> MutexGuard<'_, UpgradeState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     fn holder(&self) -> Holder {

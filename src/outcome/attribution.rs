@@ -16,7 +16,7 @@ use std::{
     cell::Cell,
     fmt,
     num::NonZeroI64,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -26,6 +26,7 @@ use super::{
     grpc,
     outcome::{Outcome, OutcomeKind, Reason},
 };
+use crate::sync::Mutex;
 use crate::time::{Deadline, TIMER_MARGIN};
 
 // ===== How long the upstream has had the request =====
@@ -271,7 +272,7 @@ impl SentMark {
 
     /// Starts to read the clock at each report.
     pub(crate) fn measure(&self) {
-        let mut progress = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut progress = self.0.lock();
         if !progress.measured {
             progress.measured = true;
             if progress.waits_for != WaitsFor::Transport {
@@ -282,11 +283,11 @@ impl SentMark {
 
     /// Returns a copy of the progress.
     pub(crate) fn progress(&self) -> Progress {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.lock()
     }
 
     fn update(&self, update: impl FnOnce(&mut Progress)) {
-        let mut progress = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut progress = self.0.lock();
         if !progress.is_sent {
             update(&mut progress);
         }

@@ -1,15 +1,12 @@
 //! The gRPC status of a rejection. tonic finds it among the sources of an error.
 
-use std::{
-    collections::HashMap,
-    error::Error,
-    sync::{LazyLock, Mutex, PoisonError},
-};
+use std::{collections::HashMap, error::Error, sync::LazyLock};
 
 use tonic::{Code, Status};
 
 use super::{grpc, rejected_kind::RejectedKind};
 use crate::error;
+use crate::sync::Mutex;
 
 /// Returns the status of a rejection of this kind, with the code and the message that a response would have.
 ///
@@ -19,7 +16,7 @@ pub(crate) fn of(kind: RejectedKind) -> &'static Status {
     static STATUSES: LazyLock<Mutex<HashMap<RejectedKind, &'static Status>>> =
         LazyLock::new(Mutex::default);
 
-    let mut statuses = STATUSES.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut statuses = STATUSES.lock();
     statuses.entry(kind).or_insert_with(|| {
         let code = Code::from_i32(grpc::of_rejected(kind).into());
         Box::leak(Box::new(Status::new(code, kind.public_reason())))

@@ -3,14 +3,15 @@
 use std::{
     fmt, mem,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use super::{overrides::Overrides, policy::RetryPolicy};
-use crate::attempt::{GiveUpReason, RetryBudget, SaveRules, lock};
+use crate::attempt::{GiveUpReason, RetryBudget, SaveRules};
+use crate::sync::Mutex;
 
 /// The maximum number of transparent retries that a layer makes without a response in between.
 const MAX_TRANSPARENT_BALANCE: u32 = 200;
@@ -77,7 +78,7 @@ impl RetrySettings {
     }
 
     pub(crate) fn set(&self, set: impl FnOnce(&mut RetryPolicy)) {
-        let mut policy = lock(&self.policy);
+        let mut policy = self.policy.lock();
         // A closure that `set` replaces is dropped with this policy, without the lock.
         let before = policy.clone();
         set(Arc::make_mut(&mut policy));
@@ -98,7 +99,7 @@ impl RetrySettings {
     }
 
     pub(crate) fn policy(&self) -> Arc<RetryPolicy> {
-        lock(&self.policy).clone()
+        self.policy.lock().clone()
     }
 
     pub(crate) fn set_max_replay_bytes(&self, bytes: u64) {
@@ -118,12 +119,12 @@ impl RetrySettings {
     }
 
     pub(crate) fn set_budget(&self, budget: Option<RetryBudget>) {
-        let before = mem::replace(&mut *lock(&self.budget), budget);
+        let before = mem::replace(&mut *self.budget.lock(), budget);
         drop(before);
     }
 
     pub(crate) fn budget(&self) -> Option<RetryBudget> {
-        lock(&self.budget).clone()
+        self.budget.lock().clone()
     }
 
     #[inline]

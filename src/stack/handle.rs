@@ -2,7 +2,6 @@ use std::{
     fmt,
     future::Future,
     mem,
-    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -10,6 +9,7 @@ use http::Response;
 use tokio::time::Instant;
 
 use super::meter::MeterCounts;
+use crate::sync::Mutex;
 use crate::{
     breaker::{CircuitBreakerSnapshot, CircuitState},
     config::ConfigErrors,
@@ -183,12 +183,8 @@ struct Applying<'a, C>(&'a Mutex<InForce<C>>);
 
 impl<C> Drop for Applying<'_, C> {
     fn drop(&mut self) {
-        lock(self.0).is_applying = false;
+        self.0.lock().is_applying = false;
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<C> CurrentConfig<C> {
@@ -201,7 +197,7 @@ impl<C> CurrentConfig<C> {
     where
         C: Clone,
     {
-        lock(&self.config).config.clone()
+        self.config.lock().config.clone()
     }
 
     /// Puts the configuration that `next` makes in force, and returns what `next` returns beside it.
@@ -219,7 +215,7 @@ impl<C> CurrentConfig<C> {
         C: Clone,
     {
         let (mut before, result) = {
-            let mut now = lock(&self.config);
+            let mut now = self.config.lock();
             let (next, result) = next(&now.config);
             now.version = now.version.wrapping_add(1);
             let before = mem::replace(&mut now.config, next);
@@ -234,11 +230,11 @@ impl<C> CurrentConfig<C> {
         let applying = Applying(&self.config);
         loop {
             let (config, version) = {
-                let now = lock(&self.config);
+                let now = self.config.lock();
                 (now.config.clone(), now.version)
             };
             let applied = apply(&config);
-            let mut now = lock(&self.config);
+            let mut now = self.config.lock();
             let is_newest = now.version == version;
             match applied {
                 Ok(()) if is_newest => {
@@ -259,7 +255,7 @@ impl<C> CurrentConfig<C> {
     }
 
     pub(super) fn last_check(&self) -> Option<HealthCheck> {
-        *lock(&self.last_check)
+        *self.last_check.lock()
     }
 
     /// Awaits a health check and records its result.
@@ -272,7 +268,7 @@ impl<C> CurrentConfig<C> {
         let has_passed = probe.await.is_ok_and(|response| response.status().is_success());
         let status = snapshot().status(has_passed);
         let check = HealthCheck { status, took: start.elapsed(), at: SystemTime::now() };
-        *lock(&self.last_check) = Some(check);
+        *self.last_check.lock() = Some(check);
         check
     }
 }

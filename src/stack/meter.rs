@@ -5,7 +5,7 @@ use std::{
     fmt,
     future::Ready,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     task::{Context, Poll},
@@ -17,6 +17,7 @@ use http_body::Body;
 use tokio::time::Instant;
 use tower_service::Service;
 
+use crate::sync::Mutex;
 use crate::{
     admission::{Admission, AdmissionFuture, Admit, Plan, Policy, Reusable, Terms},
     classify::{Http, HttpCall},
@@ -73,7 +74,7 @@ impl MeterLayer {
         let took = self.clock.at(now).saturating_sub(started);
         self.took.fetch_add(took, Relaxed);
         self.timed.fetch_add(1, Relaxed);
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recent = self.recent.lock();
         recent.record(Duration::from_nanos(took), now);
     }
 
@@ -86,7 +87,7 @@ impl MeterLayer {
         let rejected = self.rejected.load(Relaxed);
         let timed = self.timed.load(Relaxed);
         let average = self.took.load(Relaxed).checked_div(timed).map(Duration::from_nanos);
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recent = self.recent.lock();
         let p99 = recent.percentile(0.99, Instant::now());
         MeterCounts {
             begun: self.begun.load(Relaxed),

@@ -23,7 +23,7 @@
 use std::{
     fmt, mem,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::Arc,
     task::{Context, Poll, Waker},
 };
 
@@ -32,9 +32,10 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::super::{core::lock, verdict::BodyReplay};
+use super::super::verdict::BodyReplay;
 use super::buffer::SavedData;
 use crate::outcome::SentMark;
+use crate::sync::Mutex;
 
 pin_project! {
     /// A request body that can be sent again.
@@ -187,7 +188,7 @@ impl<B> ReplayHandle<B> {
         match self {
             Self::Empty => BodyReplay::Yes,
             Self::Replayable(state) => {
-                let state = lock(state);
+                let state = state.lock();
                 match (state.is_truncated, state.is_reading) {
                     (true, _) => BodyReplay::No,
                     (false, true) => BodyReplay::Streaming,
@@ -203,7 +204,7 @@ impl<B> ReplayHandle<B> {
     /// the cap during the delay before the next attempt, and the body could no longer be replayed.
     pub(crate) fn take_over(&self) -> bool {
         let Self::Replayable(state) = self else { return true };
-        let mut state = lock(state);
+        let mut state = state.lock();
         state.reader = state.reader.wrapping_add(1);
         state.is_reading = false;
         !state.is_truncated
@@ -216,7 +217,7 @@ impl<B> ReplayHandle<B> {
             Self::Empty => ReplayKind::Empty,
             Self::Replayable(state) => {
                 let number = {
-                    let mut state = lock(state);
+                    let mut state = state.lock();
                     state.saved.reset();
                     state.is_reading = true;
                     state.reader = state.reader.wrapping_add(1);
@@ -237,7 +238,7 @@ impl<B> ReplayHandle<B> {
 impl<B> Drop for ReplayReader<B> {
     fn drop(&mut self) {
         if !self.done {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             state.is_reading &= state.reader != self.number;
         }
     }
@@ -249,7 +250,7 @@ impl<B: Body> ReplayReader<B> {
             return Poll::Ready(None);
         }
         self.is_fresh = false;
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if state.reader != self.number {
             // The reader is cut off. An end would make half a body look complete, and there is no error of the body to
             // return.
@@ -348,7 +349,7 @@ impl<B: Body> ReplayReader<B> {
     #[cold]
     fn wait_for_body(&self, cx: &Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let waker = cx.waker().clone();
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let before = match &mut state.rest {
             UnreadBody::Polled(waiting) => waiting.replace(waker),
             _ => Some(waker),
@@ -369,7 +370,7 @@ impl<B: Body> ReplayReader<B> {
         if self.is_fresh {
             return false;
         }
-        let state = lock(&self.state);
+        let state = self.state.lock();
         state.reader == self.number
             && self.next >= state.saved.len()
             && state.trailers.is_none()
@@ -380,7 +381,7 @@ impl<B: Body> ReplayReader<B> {
         if self.done {
             return SizeHint::with_exact(0);
         }
-        let state = lock(&self.state);
+        let state = self.state.lock();
         let saved = state.saved.bytes_from(self.next);
         let rest = if state.has_ended() { SizeHint::with_exact(0) } else { state.rest_hint };
         let mut hint = SizeHint::new();
@@ -438,7 +439,7 @@ impl<B> PolledBody<'_, B> {
         update: impl FnOnce(&mut ReplayState<B>, bool) -> T,
     ) -> T {
         let mut body = self.body.take();
-        let mut state = lock(self.state);
+        let mut state = self.state.lock();
         let rest = match body.take_if(|_| !is_over) {
             Some(body) => UnreadBody::Unread(body),
             None => UnreadBody::Ended,

@@ -3,16 +3,14 @@
 use std::{
     fmt, mem,
     ops::RangeInclusive,
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::Duration,
 };
 
 use tokio::time::Instant;
 
 use super::algorithm::{Algorithm, ChangeReason, LimitChange, Sample};
+use crate::sync::{Mutex, MutexGuard};
 use crate::{
     event::{RepeatedEvent, event},
     outcome::{COUNT_CANCELLED_AFTER, Outcome, OutcomeKind, Reason, UpstreamClock},
@@ -240,7 +238,7 @@ impl Sampler {
     }
 
     fn lock(&self) -> MutexGuard<'_, SamplerState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
