@@ -218,5 +218,5 @@ async fn after_the_trip_only_the_breakers_probes_reach_the_dead_upstream() {
     assert_eq!(failures(&send(&service, 320).await), 0);
     assert_eq!(dead.circuit.state(), CircuitState::Closed);
     assert!(counts(&upstreams)[0] > 1);
-    assert!(upstreams.iter().all(|upstream| upstream.circuit.snapshot().refused == 0));
+    assert!(upstreams.iter().all(|upstream| upstream.circuit.snapshot().rejected == 0));
 }

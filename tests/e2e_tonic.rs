@@ -319,7 +319,7 @@ async fn a_client_s_breaker_over_a_dead_upstream_keeps_the_code_and_opens() {
             codes.push(status.unwrap_err().code());
         }
         assert_eq!(codes, [as_is.code(), as_is.code(), Code::Unavailable]);
-        assert_eq!((state.state(), state.snapshot().refused), (CircuitState::Open, 1));
+        assert_eq!((state.state(), state.snapshot().rejected), (CircuitState::Open, 1));
     }
 }
 

@@ -211,7 +211,7 @@ async fn an_open_circuit_refuses_many_callers_on_few_cores_at_once() {
         });
     }
     timeout(HANGS, callers.join_all()).await.expect("a caller hangs");
-    assert_eq!((watch.seen().polls, layer.handle().snapshot().refused), (0, 10_000));
+    assert_eq!((watch.seen().polls, layer.handle().snapshot().rejected), (0, 10_000));
 }
 
 /// No wake-up is lost if the circuit opens at any moment while callers start to wait for a hung service.

@@ -1,20 +1,19 @@
-//! A circuit: the [`Cell`] with its clock, its name, its counters, and the notification of changes.
+//! A circuit: the [`SyncMachine`] with its clock, its name, its counters, and the notification of changes.
 //!
 //! # Mechanism
 //!
-//! [`Cell`] decides, with the time as an argument. [`Circuit`] reads the clock, calls the cell, and publishes the
-//! [`Transition`] that the cell returns: it wakes the waiters of `changed` and emits events. Both run user code (wakers and
+//! [`SyncMachine`] decides, with the time as an argument. [`Circuit`] reads the clock, calls the machine, and publishes the
+//! [`Transition`] that it returns: it wakes the waiters of `changed` and emits events. Both run user code (wakers and
 //! subscribers), so they run after all locks are released.
 //!
 //! A call follows one of these paths:
 //!
 //! 1. [`PublishedState::admit`] admits it with one load, if the circuit is closed and no rule measures calls.
-//! 2. Otherwise [`Cell::refuses_for`] rejects it without a lock, if the circuit is open.
+//! 2. Otherwise [`SyncMachine::open_time_left`] rejects it without a lock, if the circuit is open.
 //! 3. Otherwise the machine decides under its lock.
 //!
-//! The call carries a [`Token`]. Its tag is the generation in which the call was admitted, with the bit [`PROBE`] for a
-//! half-open probe. A call that is admitted only by shadow mode has the tag [`NO_GENERATION`], which is never the
-//! current generation, so its outcome is not recorded.
+//! The call carries a [`Token`], whose tag is a [`CircuitToken`]: the generation in which the call was admitted, and
+//! whether it is a half-open probe.
 //!
 //! # Unsent probes
 //!
@@ -22,7 +21,7 @@
 //! not notify the circuit. So the circuit keeps the marks of such probes in `unsent_probes`. It reads them before it
 //! admits a call that may be a probe, ends a call through the machine, or reports its state.
 //!
-//! - Lock order: the lock of `unsent_probes` is held while the lock of the cell is taken, never the other way round.
+//! - Lock order: the lock of `unsent_probes` is held while the lock of the machine is taken, never the other way round.
 //! - A mark is read and its report is recorded under one hold of `unsent_probes`. Otherwise an older reading of a mark
 //!   could follow a newer one of another thread.
 //! - `has_unsent_probes` allows operations to skip the lock. It is stored as `true` after an insertion, and as `false`
@@ -38,7 +37,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -47,10 +46,10 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
-    machine::{Ended, MAX_CHANGES, Machine, ProbeReport, TimeWindows},
+    machine::{At, Ended, MAX_CHANGES, Machine, ProbeReport, TimeWindows},
     published::PublishedState,
-    state::{At, CircuitSettings, CircuitState, Refusal, Ticket, Transition},
-    sync_machine::Cell,
+    state::{CircuitSettings, CircuitState, CircuitToken, Rejection, Transition},
+    sync_machine::SyncMachine,
     trip::Trip,
 };
 use crate::{
@@ -58,53 +57,50 @@ use crate::{
     fault::LayerName,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor},
     permit::{FreeSlots, Measures, OwnedSlot, Release, ReleaseAt, Slot, SlotOwner, Token},
+    sync::Mutex,
     time::{Clock, Nanos, nanos},
 };
 
 /// The `retry_after` of a rejection by a half-open circuit. The end of its probes has no known time.
-const PROBING: Nanos = 1_000_000_000;
+const PROBING_RETRY_AFTER: Nanos = 1_000_000_000;
 
 /// The state of a circuit breaker, or of one key of a keyed circuit breaker.
 pub struct Circuit {
-    cell: Cell,
+    machine: SyncMachine,
     slot: OwnedSlot<Self>,
     /// Notified of each change and of each probe slot that is taken or released.
     changed: Arc<Notify>,
     clock: Clock,
     label: OnceLock<Arc<LayerName>>,
-    refused: AtomicU64,
+    rejected: AtomicU64,
     /// Shadow mode: admits all calls, and counts those that it would reject.
     shadow: AtomicBool,
     shadowed: AtomicU64,
     /// Backpressure: the service is not ready while the circuit would reject a call.
-    uses_backpressure: AtomicBool,
+    backpressure: AtomicBool,
     /// The maximum number of callers that wait for the verdict of the probes, and the maximum duration of the wait.
-    most_waiting: AtomicU32,
-    longest_wait: AtomicU64,
+    max_waiting: AtomicU32,
+    max_wait: AtomicU64,
     waiting: AtomicU32,
     /// Marks of the probes whose requests were still to be sent when they were admitted, by generation.
     unsent_probes: Mutex<BTreeMap<u64, SentMark>>,
     /// Whether `unsent_probes` has entries. Read without the lock.
     has_unsent_probes: AtomicBool,
     /// The handle has changed a setting of this circuit, so the circuit is not like new and is never evicted.
-    steered: AtomicBool,
+    is_configured: AtomicBool,
+    /// A service has been built with the circuit, so a setter of its layer must not change it.
+    is_in_use: AtomicBool,
     /// Limits of the events that each round of half-open probes repeats during an outage.
     half_opened: RepeatedEvent,
     reopened: RepeatedEvent,
 }
 
-/// The bit of a token's tag that marks a probe. The other bits are its generation.
-const PROBE: u64 = 1 << 63;
-
-/// The generation of calls whose outcomes are not recorded. No circuit reaches it: the word stores 57 bits.
-const NO_GENERATION: u64 = PROBE - 1;
-
 impl Circuit {
     /// Returns a circuit in a slot of its own, in which it is not registered.
     ///
-    /// `of_many`: a map owns the circuit and evicts it when it is idle. Therefore each call holds a counted reference.
-    pub(super) fn new(trip: Trip, settings: CircuitSettings, of_many: bool) -> Self {
-        Self::in_slot(OwnedSlot::allocate(), trip, settings, of_many)
+    /// `is_keyed`: a map owns the circuit and evicts it when it is idle. Therefore each call holds a counted reference.
+    pub(super) fn new(trip: Trip, settings: CircuitSettings, is_keyed: bool) -> Self {
+        Self::in_slot(OwnedSlot::allocate(), trip, settings, is_keyed)
     }
 
     /// Returns a circuit that publishes its state in this slot.
@@ -112,37 +108,39 @@ impl Circuit {
         slot: OwnedSlot<Self>,
         trip: Trip,
         settings: CircuitSettings,
-        of_many: bool,
+        is_keyed: bool,
     ) -> Self {
         Self {
-            cell: Cell::new(slot.get().word(), trip, settings, of_many),
+            machine: SyncMachine::new(slot.get().word(), trip, settings, is_keyed),
             slot,
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
             label: OnceLock::new(),
-            refused: AtomicU64::new(0),
+            rejected: AtomicU64::new(0),
             shadow: AtomicBool::new(false),
             shadowed: AtomicU64::new(0),
-            uses_backpressure: AtomicBool::new(false),
-            most_waiting: AtomicU32::new(0),
-            longest_wait: AtomicU64::new(0),
+            backpressure: AtomicBool::new(false),
+            max_waiting: AtomicU32::new(0),
+            max_wait: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
             unsent_probes: Mutex::default(),
             has_unsent_probes: AtomicBool::new(false),
-            steered: AtomicBool::new(false),
+            is_configured: AtomicBool::new(false),
+            is_in_use: AtomicBool::new(false),
             half_opened: RepeatedEvent::new(),
             reopened: RepeatedEvent::new(),
         }
     }
 
-    /// Returns a new circuit for the map of a keyed layer, with the rules and settings of this one.
-    pub(super) fn like(&self) -> Self {
-        let (trip, settings) = self.look(|machine, _, _| machine.shape());
-        let new = Self::new(trip, settings, true);
-        new.shadow.store(self.shadow.load(Ordering::Relaxed), Ordering::Relaxed);
-        new.let_wait(
-            self.most_waiting.load(Ordering::Relaxed),
-            Duration::from_nanos(self.longest_wait.load(Ordering::Relaxed)),
+    /// Returns a new circuit with the rules and settings of this one, and without its name.
+    pub(super) fn like(&self, is_keyed: bool) -> Self {
+        let (trip, settings) = self.read(|machine, _, _| machine.shape());
+        let new = Self::new(trip, settings, is_keyed);
+        new.shadow.store(self.is_shadow(), Ordering::Relaxed);
+        new.backpressure.store(self.has_backpressure(), Ordering::Relaxed);
+        new.set_half_open_queue(
+            self.max_waiting.load(Ordering::Relaxed),
+            Duration::from_nanos(self.max_wait.load(Ordering::Relaxed)),
         );
         new
     }
@@ -162,7 +160,7 @@ impl Circuit {
 
     /// Changes the settings. Wakes waiters, because the new settings may admit them.
     pub(super) fn configure(&self, change: impl FnOnce(&mut CircuitSettings)) {
-        self.cell.with(|machine, _| change(&mut machine.settings));
+        self.machine.with(|machine, _| change(&mut machine.settings));
         self.changed.notify_waiters();
     }
 
@@ -176,18 +174,26 @@ impl Circuit {
         self.changed.notify_waiters();
     }
 
-    pub(super) fn hold_back(&self) {
-        self.uses_backpressure.store(true, Ordering::Relaxed);
-        self.configure(|settings| settings.uses_backpressure = true);
+    pub(super) fn set_backpressure(&self) {
+        self.backpressure.store(true, Ordering::Relaxed);
+        self.configure(|settings| settings.backpressure = true);
     }
 
-    pub(super) fn let_wait(&self, most: u32, longest: Duration) {
-        self.longest_wait.store(nanos(longest), Ordering::Relaxed);
-        self.most_waiting.store(most, Ordering::Relaxed);
+    pub(super) fn set_half_open_queue(&self, max_waiting: u32, max_wait: Duration) {
+        self.max_wait.store(nanos(max_wait), Ordering::Relaxed);
+        self.max_waiting.store(max_waiting, Ordering::Relaxed);
     }
 
-    pub(super) fn steered(&self) {
-        self.steered.store(true, Ordering::Relaxed);
+    pub(super) fn is_in_use(&self) -> bool {
+        self.is_in_use.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_in_use(&self) {
+        self.is_in_use.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_configured(&self) {
+        self.is_configured.store(true, Ordering::Relaxed);
     }
 
     // ===== Queries =====
@@ -210,8 +216,8 @@ impl Circuit {
         &self.changed
     }
 
-    pub(super) fn refused(&self) -> u64 {
-        self.refused.load(Ordering::Relaxed)
+    pub(super) fn rejected(&self) -> u64 {
+        self.rejected.load(Ordering::Relaxed)
     }
 
     pub(super) fn shadowed(&self) -> u64 {
@@ -219,22 +225,22 @@ impl Circuit {
     }
 
     #[inline]
-    pub(super) fn uses_backpressure(&self) -> bool {
-        self.uses_backpressure.load(Ordering::Relaxed)
+    pub(super) fn has_backpressure(&self) -> bool {
+        self.backpressure.load(Ordering::Relaxed)
     }
 
     /// Returns the state, and the time until it changes without any call.
     pub(super) fn state(&self) -> (CircuitState, Option<Duration>) {
         self.update_unsent_probes();
-        let (state, lasts, change) = self.cell.state(|| self.now(), fastrand::f64);
-        self.tell(change);
+        let (state, lasts, change) = self.machine.state(|| self.now(), fastrand::f64);
+        self.notify(change);
         (state, lasts)
     }
 
     /// Returns the time until the circuit changes without any call: the end of the open time, of a probe's timeout, or
     /// of a step of a ramp with backpressure.
-    pub(super) fn lasts(&self) -> Option<Duration> {
-        self.look(|machine, _, now| {
+    pub(super) fn time_to_change(&self) -> Option<Duration> {
+        self.read(|machine, _, now| {
             let at = machine.next_by_time(now)?;
             Some(Duration::from_nanos(at.saturating_sub(now)))
         })
@@ -247,7 +253,7 @@ impl Circuit {
     /// know the exact result before the call.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
-        if self.cell.is_open() && !self.uses_backpressure() {
+        if self.machine.is_open() && !self.has_backpressure() {
             return self.is_shadow();
         }
         self.has_room_by_now()
@@ -256,61 +262,62 @@ impl Circuit {
     #[inline(never)]
     fn has_room_by_now(&self) -> bool {
         self.update_unsent_probes();
-        let (room, change) = self.cell.has_room(|| self.now(), fastrand::f64);
-        self.tell(change);
+        let (room, change) = self.machine.has_room(|| self.now(), fastrand::f64);
+        self.notify(change);
         room || self.shadow.load(Ordering::Relaxed)
     }
 
     /// Returns whether a call that was admitted, and whose inner call has not begun, would be rejected by now.
     pub(super) fn is_late(&self, token: Token) -> bool {
-        if is_probe(token) {
-            return !self.cell.still_probes(token.tag & !PROBE);
+        let admitted = unpack(token);
+        if admitted.is_probe {
+            return !self.machine.still_probes(admitted.generation);
         }
-        is_late(self.cell.published(), token)
+        is_late(self.machine.published(), token)
     }
 
     /// Returns for how long the circuit has been idle, or `None` if it is not like new. Emits no event and never waits,
     /// so that it can run under the lock of a map.
     pub(super) fn idle_for(&self, now: Instant) -> Option<Nanos> {
-        if self.steered.load(Ordering::Relaxed) {
+        if self.is_configured.load(Ordering::Relaxed) {
             return None;
         }
-        self.cell.idle_for(self.clock.at(now))
+        self.machine.idle_for(self.clock.at(now))
     }
 
     // ===== Operations =====
 
     /// Records an outcome that does not come from a call of this layer, such as that of a health probe.
     pub(super) fn record(&self, outcome: Outcome) {
-        let told = |machine: &mut Machine, at: At<'_>| ((), machine.told(outcome, at));
-        let ((), change) = self.cell.with_time(self.now(), fastrand::f64, told);
-        self.tell(change);
+        let record = |machine: &mut Machine, at: At<'_>| ((), machine.record_external(outcome, at));
+        let ((), change) = self.machine.with_time(self.now(), fastrand::f64, record);
+        self.notify(change);
     }
 
     /// Runs an operation on the machine and publishes its change.
-    pub(super) fn act(&self, act: impl FnOnce(&mut Machine, At<'_>) -> Option<Transition>) {
+    pub(super) fn change(&self, act: impl FnOnce(&mut Machine, At<'_>) -> Option<Transition>) {
         let now = self.now();
-        let change = self.cell.with(|machine, times| act(machine, at(now, times)));
-        self.tell(change);
+        let change = self.machine.with(|machine, times| act(machine, at(now, times)));
+        self.notify(change);
     }
 
     /// Reads the machine after the changes that are due by time.
-    pub(super) fn look<T>(&self, look: impl FnOnce(&Machine, &TimeWindows, Nanos) -> T) -> T {
+    pub(super) fn read<T>(&self, read: impl FnOnce(&Machine, &TimeWindows, Nanos) -> T) -> T {
         self.update_unsent_probes();
         let now = self.now();
-        let (seen, change) = self.cell.with_time(now, fastrand::f64, |machine, at| {
+        let (seen, change) = self.machine.with_time(now, fastrand::f64, |machine, at| {
             let change = machine.pass_time(at);
-            (look(machine, at.times, now), change)
+            (read(machine, at.times, now), change)
         });
-        self.tell(change);
+        self.notify(change);
         seen
     }
 
     /// Publishes a change. Must be called without a lock.
     #[inline]
-    fn tell(&self, change: Option<Transition>) {
+    fn notify(&self, change: Option<Transition>) {
         if let Some(change) = change {
-            self.tell_of(change);
+            self.notify_of(change);
         }
     }
 
@@ -319,7 +326,7 @@ impl Circuit {
     /// A change without effect on the reported state emits no event: forcing a state that the circuit already has, or a
     /// transition beneath an isolation. It wakes waiters nevertheless, because counts and probes start again.
     #[cold]
-    fn tell_of(&self, change: Transition) {
+    fn notify_of(&self, change: Transition) {
         self.changed.notify_waiters();
         let name = self.named();
         let passed = change.probes.map(|probes| probes.passed);
@@ -393,66 +400,69 @@ impl Circuit {
     // ===== Waiting for a verdict =====
 
     /// Adds a waiter, and returns the maximum duration of its wait. `None` if there are too many waiters.
-    pub(super) fn wait(&self) -> Option<Duration> {
-        let most = self.most_waiting.load(Ordering::Relaxed);
-        let one_more = |waiting| (waiting < most).then(|| waiting + 1);
+    pub(super) fn join_queue(&self) -> Option<Duration> {
+        let max = self.max_waiting.load(Ordering::Relaxed);
+        let one_more = |waiting| (waiting < max).then(|| waiting + 1);
         self.waiting.fetch_update(Ordering::AcqRel, Ordering::Relaxed, one_more).ok()?;
-        Some(Duration::from_nanos(self.longest_wait.load(Ordering::Relaxed)))
+        Some(Duration::from_nanos(self.max_wait.load(Ordering::Relaxed)))
     }
 
-    pub(super) fn wait_no_more(&self) {
+    pub(super) fn leave_queue(&self) {
         self.waiting.fetch_sub(1, Ordering::AcqRel);
     }
 
     // ===== Calls =====
 
     #[inline]
-    pub(super) fn enter(
+    pub(super) fn admit(
         &self,
         sent_mark: impl FnOnce() -> Option<SentMark>,
-    ) -> Result<Token, Refusal> {
-        match self.cell.published().admit() {
+    ) -> Result<Token, Rejection> {
+        match self.machine.published().admit() {
             Some(token) => Ok(token),
-            None => self.enter_slowly(sent_mark),
+            None => self.admit_unless_open(sent_mark),
         }
     }
 
     #[inline(never)]
-    fn enter_slowly(&self, sent_mark: impl FnOnce() -> Option<SentMark>) -> Result<Token, Refusal> {
-        match self.cell.refuses_for(|| self.now()) {
-            Some(left) if !self.is_shadow() => Err(Refusal::Open { left }),
-            _ => self.enter_by_machine(sent_mark),
-        }
-    }
-
-    #[inline(never)]
-    fn enter_by_machine(
+    fn admit_unless_open(
         &self,
         sent_mark: impl FnOnce() -> Option<SentMark>,
-    ) -> Result<Token, Refusal> {
-        let unsent = if self.cell.may_probe() { self.unsent_mark(sent_mark()) } else { None };
-        let (answer, change) = self.cell.admit(unsent.is_some(), || self.now(), fastrand::f64);
-        self.tell(change);
-        let ticket = match answer {
-            Ok(ticket) => ticket,
+    ) -> Result<Token, Rejection> {
+        match self.machine.open_time_left(|| self.now()) {
+            Some(left) if !self.is_shadow() => Err(Rejection::Open { left }),
+            _ => self.admit_by_machine(sent_mark),
+        }
+    }
+
+    #[inline(never)]
+    fn admit_by_machine(
+        &self,
+        sent_mark: impl FnOnce() -> Option<SentMark>,
+    ) -> Result<Token, Rejection> {
+        let unsent = if self.machine.may_probe() { self.unsent_mark(sent_mark()) } else { None };
+        let (answer, change) = self.machine.admit(unsent.is_some(), || self.now(), fastrand::f64);
+        self.notify(change);
+        let admitted = match answer {
+            Ok(admitted) => admitted,
             Err(_) if self.is_shadow() => {
                 self.shadowed.fetch_add(1, Ordering::Relaxed);
-                Ticket { generation: NO_GENERATION, probe: false }
+                CircuitToken::UNCOUNTED
             }
-            Err(refusal) => return Err(refusal),
+            Err(rejection) => return Err(rejection),
         };
-        if ticket.probe {
+        if admitted.is_probe {
             if let Some(mark) = unsent {
-                let before = lock(&self.unsent_probes).insert(ticket.generation, mark);
+                let before = self.unsent_probes.lock().insert(admitted.generation, mark);
                 drop(before);
                 self.has_unsent_probes.store(true, Ordering::Release);
             }
             // This may have been the last slot. Callers that wait for the inner service may now have to be rejected.
             self.changed.notify_waiters();
         }
-        let clock = if self.cell.measures() { UpstreamClock::start() } else { UpstreamClock::OFF };
-        let tag = ticket.generation | if ticket.probe { PROBE } else { 0 };
-        Ok(Token { tag, clock })
+        let clock =
+            if self.machine.measures() { UpstreamClock::start() } else { UpstreamClock::OFF };
+        Ok(Token { tag: admitted.pack(), clock })
     }
 
     /// Returns the mark if the request is still to be sent, and starts its clock readings.
@@ -478,7 +488,7 @@ impl Circuit {
         loop {
             // A slice of the marks per lock hold. Each mark is read and reported under the lock, so that an older
             // reading of it never follows a newer one.
-            let mut unsent = lock(&self.unsent_probes);
+            let mut unsent = self.unsent_probes.lock();
             let slice: Vec<(u64, SentMark)> = unsent
                 .range(next..)
                 .take(MAX_CHANGES)
@@ -501,7 +511,7 @@ impl Circuit {
                     slot_changed |= changed;
                     changes.extend(change);
                 }
-                if progress.is_sent || !self.cell.still_probes(probe) {
+                if progress.is_sent || !self.machine.still_probes(probe) {
                     unsent.remove(&probe);
                 }
             }
@@ -511,7 +521,7 @@ impl Circuit {
     }
 
     fn record_probe_report(&self, probe: u64, report: ProbeReport) -> (bool, Option<Transition>) {
-        self.cell.with_time(self.now(), fastrand::f64, |machine, at| {
+        self.machine.with_time(self.now(), fastrand::f64, |machine, at| {
             machine.record_probe_report(probe, report, at)
         })
     }
@@ -522,7 +532,7 @@ impl Circuit {
         changes: impl IntoIterator<Item = Transition>,
     ) {
         for change in changes {
-            self.tell_of(change);
+            self.notify_of(change);
         }
         if slot_changed {
             // Callers that wait for a slot reset their timers.
@@ -533,7 +543,7 @@ impl Circuit {
     /// Stops reading the mark of a probe whose response head has arrived.
     fn remove_sent_mark(&self, probe: u64) {
         if self.has_unsent_probes.load(Ordering::Acquire) {
-            let mark = lock(&self.unsent_probes).remove(&probe);
+            let mark = self.unsent_probes.lock().remove(&probe);
             drop(mark);
         }
     }
@@ -541,29 +551,31 @@ impl Circuit {
     /// Returns whether the circuit reads a mark of this probe. The mark is more exact than the reports of inner layers.
     fn has_sent_mark(&self, probe: u64) -> bool {
         self.has_unsent_probes.load(Ordering::Acquire)
-            && lock(&self.unsent_probes).contains_key(&probe)
+            && self.unsent_probes.lock().contains_key(&probe)
     }
 
-    pub(super) fn refuse(&self, refusal: Refusal) -> Rejected {
-        let (kind, back_after) = match refusal {
-            Refusal::Open { left } => (RejectedKind::Open, left),
-            Refusal::Probing => (RejectedKind::Probing, PROBING),
-            Refusal::Ramping { left } => (RejectedKind::Recovering, left.min(PROBING)),
-            Refusal::Forced => return self.refuse_as(RejectedKind::ForcedOpen),
+    pub(super) fn reject(&self, rejection: Rejection) -> Rejected {
+        let (kind, back_after) = match rejection {
+            Rejection::Open { left } => (RejectedKind::Open, left),
+            Rejection::Probing => (RejectedKind::Probing, PROBING_RETRY_AFTER),
+            Rejection::Ramping { left } => {
+                (RejectedKind::Recovering, left.min(PROBING_RETRY_AFTER))
+            }
+            Rejection::Forced => return self.reject_as(RejectedKind::ForcedOpen),
         };
         // Rounded up, because a caller that returns earlier is rejected again.
-        self.refuse_as(kind).with_retry_after_ms(back_after.div_ceil(1_000_000))
+        self.reject_as(kind).with_retry_after_ms(back_after.div_ceil(1_000_000))
     }
 
     /// Returns the rejection of a call whose deadline has passed.
     #[cold]
-    pub(super) fn refuse_late(&self) -> Rejected {
-        self.refuse_as(RejectedKind::DeadlinePassed)
+    pub(super) fn reject_late(&self) -> Rejected {
+        self.reject_as(RejectedKind::DeadlinePassed)
     }
 
     #[inline]
-    fn refuse_as(&self, kind: RejectedKind) -> Rejected {
-        self.refused.fetch_add(1, Ordering::Relaxed);
+    fn reject_as(&self, kind: RejectedKind) -> Rejected {
+        self.rejected.fetch_add(1, Ordering::Relaxed);
         event!(
             breaker,
             DEBUG,
@@ -578,34 +590,35 @@ impl Circuit {
 /// Returns whether a call that was admitted, and whose inner call has not begun, would be rejected by now. Requires
 /// that the call is not a probe.
 pub(super) fn is_late(published: &PublishedState, token: Token) -> bool {
-    token.tag != NO_GENERATION && !published.still_admits(token.tag)
+    token.tag != CircuitToken::UNCOUNTED.pack() && !published.still_admits(token.tag)
 }
 
 #[inline]
 pub(super) fn is_probe(token: Token) -> bool {
-    token.tag & PROBE != 0
+    unpack(token).is_probe
 }
 
 fn at(now: Nanos, times: &TimeWindows) -> At<'_> {
-    At { now, roll: fastrand::f64, times }
+    At { now, rng: fastrand::f64, times }
 }
 
-fn ticket(token: Token) -> Ticket {
-    Ticket { generation: token.tag & !PROBE, probe: is_probe(token) }
+#[inline]
+fn unpack(token: Token) -> CircuitToken {
+    CircuitToken::unpack(token.tag)
 }
 
 impl Release for Circuit {
     #[inline]
     fn record_head(&self, token: &mut Token, so_far: Outcome) {
-        if self.cell.measures() || is_probe(*token) {
+        if self.machine.measures() || is_probe(*token) {
             self.head_measured(token, so_far);
         }
     }
 
     #[inline]
     fn release(&self, token: Token, outcome: Outcome) {
-        let good = outcome.is_success() && !self.cell.measures();
-        if !(good && self.cell.count_good(token.tag, || self.now())) {
+        let good = outcome.is_success() && !self.machine.measures();
+        if !(good && self.machine.count_good(token.tag, || self.now())) {
             self.release_by_machine(token, outcome);
         }
     }
@@ -617,7 +630,10 @@ impl Release for Circuit {
 
     fn measures(&self) -> Measures {
         // Probes are always measured, because their timeout starts when the upstream has the request.
-        if self.cell.published().attributes() || self.cell.measures() || self.cell.may_probe() {
+        if self.machine.published().attributes()
+            || self.machine.measures()
+            || self.machine.may_probe()
+        {
             Measures::Head
         } else {
             Measures::Nothing
@@ -625,7 +641,7 @@ impl Release for Circuit {
     }
 
     fn count_cancelled_after(&self) -> Option<Duration> {
-        self.cell.count_cancelled_after()
+        self.machine.count_cancelled_after()
     }
 
     #[inline]
@@ -634,8 +650,8 @@ impl Release for Circuit {
     }
 
     fn waits_for(&self, token: Token, what: WaitsFor) {
-        let probe = ticket(token).generation;
-        if is_probe(token) && !self.has_sent_mark(probe) {
+        let CircuitToken { generation: probe, is_probe } = unpack(token);
+        if is_probe && !self.has_sent_mark(probe) {
             let report = ProbeReport { what, since: self.now(), is_sent: true };
             let (slot_changed, change) = self.record_probe_report(probe, report);
             self.publish_probe_changes(slot_changed, change);
@@ -647,11 +663,16 @@ impl Circuit {
     #[inline(never)]
     fn head_measured(&self, token: &mut Token, so_far: Outcome) {
         self.update_unsent_probes();
-        self.remove_sent_mark(ticket(*token).generation);
+        self.remove_sent_mark(unpack(*token).generation);
         let now = Instant::now();
         token.clock.stop(now);
         let so_far = Ended { outcome: so_far, took: self.took(*token, || now) };
-        self.tell(self.cell.head(ticket(*token), so_far, || self.clock.at(now), fastrand::f64));
+        self.notify(self.machine.record_head(
+            unpack(*token),
+            so_far,
+            || self.clock.at(now),
+            fastrand::f64,
+        ));
     }
 
     #[inline(never)]
@@ -661,19 +682,19 @@ impl Circuit {
         let mut read = None;
         let mut now = || *read.get_or_insert_with(Instant::now);
         let took = self.took(token, &mut now);
-        let ticket = ticket(token);
+        let admitted = unpack(token);
         let now = || self.clock.at(now());
-        let change = self.cell.finish(ticket, Ended { outcome, took }, now, fastrand::f64);
-        if ticket.probe && change.is_none() {
+        let change = self.machine.release(admitted, Ended { outcome, took }, now, fastrand::f64);
+        if admitted.is_probe && change.is_none() {
             // The probe may have released a slot.
             self.changed.notify_waiters();
         }
-        self.tell(change);
+        self.notify(change);
     }
 
     /// Returns how long the upstream had the request before its response head, or 0 if no rule measures calls.
     fn took(&self, token: Token, now: impl FnOnce() -> Instant) -> Nanos {
-        if token.clock.is_off() || !self.cell.measures() {
+        if token.clock.is_off() || !self.machine.measures() {
             return 0;
         }
         token.clock.elapsed(now()).map_or(0, nanos)
@@ -726,14 +747,10 @@ fn release_by_circuit(slot: &Slot<Circuit>, token: Token, outcome: Outcome) {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Drop for Circuit {
     fn drop(&mut self) {
         // Before the drop of the slot, which returns it to the free list.
-        self.cell.published().vacate();
+        self.machine.published().vacate();
     }
 }
 

@@ -2,12 +2,15 @@ use std::{fmt, pin::pin, sync::Arc, time::Duration};
 
 use super::{
     circuit::Circuit,
-    machine::{CallCounts, CallStats, Past},
+    machine::{CallCounts, SavedState},
     open_duration::OpenDuration,
-    state::{CircuitState, HalfOpenProgress},
-    trip::{Trip, TripReason},
+    state::{CircuitSettings, CircuitState, HalfOpenProgress},
+    trip::{CallStats, Trip, TripReason},
 };
 use crate::{error::ConfigError, indicator::Indicator, outcome::Outcome};
+
+/// The maximum number of half-open probes.
+const MAX_PROBES: u16 = 1000;
 
 /// Reads and controls a circuit.
 ///
@@ -39,10 +42,10 @@ pub struct CircuitBreakerSnapshot {
     /// first trip, and if half-open probes opened the circuit again.
     pub last_rule: Option<usize>,
     /// The number of rejected calls.
-    pub refused: u64,
-    /// The number of calls that would have been rejected without [shadow mode](CircuitBreakerHandle::shadow).
+    pub rejected: u64,
+    /// The number of calls that would have been rejected without [shadow mode](CircuitBreakerHandle::set_shadow).
     pub shadowed: u64,
-    past: Past,
+    saved: SavedState,
 }
 
 impl CircuitBreakerHandle {
@@ -57,23 +60,23 @@ impl CircuitBreakerHandle {
     /// Returns the state with all counts and results.
     #[must_use]
     pub fn snapshot(&self) -> CircuitBreakerSnapshot {
-        let (refused, shadowed) = (self.0.refused(), self.0.shadowed());
-        self.0.look(|machine, times, now| {
+        let (rejected, shadowed) = (self.0.rejected(), self.0.shadowed());
+        self.0.read(|machine, times, now| {
             let state = machine.state();
             let left = Duration::from_nanos(machine.until().saturating_sub(now));
             CircuitBreakerSnapshot {
                 state,
                 open_for: (state == CircuitState::Open).then_some(left),
                 isolations: machine.isolations(),
-                seen: machine.seen(now, times),
-                probes: machine.probes_under_way(),
+                seen: machine.call_stats(now, times),
+                probes: machine.probes_in_flight(),
                 half_open: machine.half_open_progress(),
                 opened: machine.opened(),
                 last_trip: machine.last_trip(),
                 last_rule: machine.last_rule(),
-                refused,
+                rejected,
                 shadowed,
-                past: machine.past(now, times),
+                saved: machine.saved_state(now, times),
             }
         })
     }
@@ -127,22 +130,22 @@ impl CircuitBreakerHandle {
     }
 
     fn force(&self, to: CircuitState) {
-        self.0.act(|machine, at| Some(machine.force(to, at.now, at.times)));
+        self.0.change(|machine, at| Some(machine.force(to, at.now, at.times)));
     }
 
     /// Holds the circuit open until the returned guard is dropped. Isolations are counted: calls are rejected while at
     /// least one guard exists. The state beneath continues to change.
     #[must_use = "the isolation ends when this is dropped"]
     pub fn isolate(&self) -> Isolation {
-        self.0.act(|machine, _| machine.isolate(true));
+        self.0.change(|machine, _| machine.isolate(true));
         Isolation(self.clone())
     }
 
     /// Sets whether the layer is in shadow mode: it rejects no calls, and
     /// [`shadowed`](CircuitBreakerSnapshot::shadowed) counts those that it would reject. States, probes and counts are
     /// not affected.
-    pub fn shadow(&self, on: bool) {
-        self.0.steered();
+    pub fn set_shadow(&self, on: bool) {
+        self.0.set_configured();
         self.0.set_shadow(on);
     }
 
@@ -166,12 +169,12 @@ impl CircuitBreakerHandle {
         trip.check()?;
         let (mut new, mut fits) = (trip.clone(), false);
         let (mut counts, _) = CallCounts::new(trip);
-        self.0.act(|machine, _| {
+        self.0.change(|machine, _| {
             fits = machine.adjust(&mut new, &mut counts);
             None
         });
         if fits {
-            self.0.steered();
+            self.0.set_configured();
             return Ok(());
         }
         let remedy = "keep the kinds, the windows and the order of the rules, or build a new layer";
@@ -183,22 +186,95 @@ impl CircuitBreakerHandle {
     /// # Errors
     ///
     /// Returns the error of [`OpenDuration::check`].
-    pub fn set_open_for(&self, wait: impl Into<OpenDuration>) -> Result<(), ConfigError> {
-        let wait = wait.into();
-        wait.check()?;
-        self.0.steered();
-        self.0.configure(|settings| settings.open_for = wait);
+    pub fn set_open_for(&self, open_for: impl Into<OpenDuration>) -> Result<(), ConfigError> {
+        let open_for = open_for.into();
+        open_for.check()?;
+        self.configure(|settings| settings.open_for = open_for);
         Ok(())
+    }
+
+    /// Sets the number of half-open probes, and how many of them must succeed. See
+    /// [`half_open_of`](super::layer::CircuitBreakerLayer::half_open_of).
+    ///
+    /// # Errors
+    ///
+    /// Returns an error unless `probes` is 1 to 1000 and `needed` is 1 to `probes`.
+    pub fn set_half_open_of(&self, needed: u16, probes: u16) -> Result<(), ConfigError> {
+        if !(1..=MAX_PROBES).contains(&probes) {
+            return Err(ConfigError::new("half_open", probes, "use 1 to 1000 probes"));
+        }
+        if !(1..=probes).contains(&needed) {
+            let remedy = format!("use 1 to {probes} successes of {probes} probes");
+            return Err(ConfigError::new("half_open_of.needed", needed, remedy));
+        }
+        self.configure(|settings| (settings.needed, settings.probes) = (needed, probes));
+        Ok(())
+    }
+
+    /// Sets the timeout of half-open probes. Takes effect for probes that begin from now on, or whose request is sent
+    /// from now on. See [`probe_timeout`](super::layer::CircuitBreakerLayer::probe_timeout).
+    ///
+    /// # Errors
+    ///
+    /// Returns an error for a time of zero.
+    pub fn set_probe_timeout(&self, timeout: Duration) -> Result<(), ConfigError> {
+        let timeout = ConfigError::above_zero("probe_timeout", timeout)?;
+        self.configure(|settings| settings.probe_timeout = timeout);
+        Ok(())
+    }
+
+    /// Sets the time after which a call that its caller ended counts as a failure. See
+    /// [`count_cancelled_after`](super::layer::CircuitBreakerLayer::count_cancelled_after).
+    ///
+    /// # Errors
+    ///
+    /// Returns an error for a time of zero.
+    pub fn set_count_cancelled_after(
+        &self,
+        time: impl Into<Option<Duration>>,
+    ) -> Result<(), ConfigError> {
+        let check = |time| ConfigError::above_zero("count_cancelled_after", time);
+        let time = time.into().map(check).transpose()?;
+        self.configure(|settings| settings.count_cancelled_after = time);
+        Ok(())
+    }
+
+    /// Sets how many callers wait for the verdict of the half-open probes, and for how long. Takes effect for callers
+    /// that arrive from now on. See [`half_open_queue`](super::layer::CircuitBreakerLayer::half_open_queue).
+    ///
+    /// # Errors
+    ///
+    /// Returns an error for a time of zero.
+    pub fn set_half_open_queue(&self, callers: u32, max_wait: Duration) -> Result<(), ConfigError> {
+        let max_wait = ConfigError::above_zero("half_open_queue.max_wait", max_wait)?;
+        self.0.set_configured();
+        self.0.set_half_open_queue(callers, max_wait);
+        Ok(())
+    }
+
+    /// Sets whether calls are never half-open probes. See [`external_probes`](super::layer::CircuitBreakerLayer::external_probes).
+    pub fn set_external_probes(&self, on: bool) {
+        self.configure(|settings| settings.external_probes = on);
+    }
+
+    /// Sets the duration of a ramp after closing. Zero is no ramp. See [`ramp`](super::layer::CircuitBreakerLayer::ramp).
+    pub fn set_ramp(&self, duration: Duration) {
+        self.configure(|settings| settings.ramp = duration);
+    }
+
+    fn configure(&self, change: impl FnOnce(&mut CircuitSettings)) {
+        self.0.set_configured();
+        self.0.configure(change);
     }
 
     /// Replaces the state of the circuit by that of a snapshot.
     ///
-    /// Restored are the state beneath all isolations, the rest of the open time, the number of trips since the circuit
-    /// was last [calm](OpenDuration::calm_after), the run of failures and the windows. The circuit of the snapshot must have
+    /// Restored are the state beneath all isolations, the rest of the open time, the number of trips since they
+    /// were last [forgotten](OpenDuration::reset_after), the run of failures and the windows. The circuit of the snapshot must have
     /// the same rules; a smaller window of calls gets the same share of bad calls. Half-open probes start again, and a
     /// ramp does not continue. Isolations and the counts of rejections stay as they are.
     pub fn restore(&self, snapshot: &CircuitBreakerSnapshot) {
-        self.0.act(|machine, at| Some(machine.restore(&snapshot.past, at.now, at.times)));
+        self.0.change(|machine, at| Some(machine.restore(&snapshot.saved, at.now, at.times)));
     }
 }
 
@@ -220,7 +296,7 @@ pub struct Isolation(CircuitBreakerHandle);
 
 impl Drop for Isolation {
     fn drop(&mut self) {
-        self.0.0.act(|machine, _| machine.isolate(false));
+        self.0.0.change(|machine, _| machine.isolate(false));
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     hash::Hash,
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -17,7 +17,7 @@ use super::{
     circuit::Circuit,
     handle::CircuitBreakerHandle,
     key_map::{Evict, KeyMap, Reservation},
-    policy::{self, Breaker, Calls, CircuitRef, VerdictWait},
+    policy::{self, Breaker, CircuitRef, VerdictWait},
 };
 use crate::{
     admission::{Admit, Plan, Policy, Terms, admission_layer},
@@ -114,6 +114,50 @@ pub(super) struct Circuits<Q> {
     oversized: AtomicU64,
     /// Limits the events about calls without a circuit.
     uncovered_event: RepeatedEvent,
+    /// A service has been built with the circuits, so a setter of their layer must not change them.
+    is_in_use: AtomicBool,
+}
+
+impl<Q> Circuits<Q> {
+    fn new(max_keys: usize, max_key_bytes: usize, template: Breaker, fns: KeyFns<Q>) -> Self {
+        Self {
+            map: KeyMap::default(),
+            max_keys: AtomicUsize::new(max_keys),
+            max_key_bytes: AtomicUsize::new(max_key_bytes),
+            full_at: AtomicU64::new(0),
+            template,
+            fns,
+            evicted: AtomicU64::new(0),
+            uncovered: AtomicU64::new(0),
+            oversized: AtomicU64::new(0),
+            uncovered_event: RepeatedEvent::new(),
+            is_in_use: AtomicBool::new(false),
+        }
+    }
+
+    /// Returns an empty map with the settings of this one.
+    fn fork(&self) -> Self {
+        let max_keys = self.max_keys.load(Ordering::Relaxed);
+        let max_key_bytes = self.max_key_bytes.load(Ordering::Relaxed);
+        let fns = KeyFns { to_stored: self.fns.to_stored, write_name: self.fns.write_name };
+        Self::new(max_keys, max_key_bytes, self.template.clone(), fns)
+    }
+
+    fn set_max_keys(&self, max_keys: usize) -> Result<(), ConfigError> {
+        if max_keys == 0 {
+            return Err(ConfigError::new("max_keys", max_keys, "use 1 or more"));
+        }
+        self.max_keys.store(max_keys, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn set_max_key_bytes(&self, max_key_bytes: usize) -> Result<(), ConfigError> {
+        if max_key_bytes == 0 {
+            return Err(ConfigError::new("max_key_bytes", max_key_bytes, "use 1 or more"));
+        }
+        self.max_key_bytes.store(max_key_bytes, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 /// The reason for which a call has no circuit.
@@ -178,7 +222,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
     }
 
     fn new_circuit(&self, key: &Q) -> ShardedRef<Circuit> {
-        let circuit = ShardedRef::alone(self.template.like());
+        let circuit = ShardedRef::alone(self.template.like(true));
         let mut name = ShortName::new(self.template.named());
         // An error means that the name has reached its maximum.
         let _ = (self.fns.write_name)(key, &mut name);
@@ -292,7 +336,7 @@ where
     type StateRef = CircuitRef;
     /// `None`: the call is made without a circuit.
     type Pass = Option<(ShardedRef<Circuit>, Token)>;
-    type Wait = VerdictWait<ShardedRef<Circuit>>;
+    type Wait = VerdictWait;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
 
@@ -316,7 +360,7 @@ where
             };
             return rejected.map_or(Admit::Pass(None), Admit::Reject);
         };
-        match policy::admit(&circuit, deadline, || terms.sent_mark()) {
+        match policy::admit(&circuit, deadline, || terms.sent_mark(), || circuit.clone()) {
             Admit::Pass(token) => Admit::Pass(Some((circuit, token))),
             Admit::Queue(wait) => Admit::Queue(wait),
             Admit::Reject(rejected) => Admit::Reject(rejected),
@@ -325,7 +369,7 @@ where
 
     fn permit(&self, pass: Self::Pass) -> Permit<CircuitRef> {
         match pass {
-            Some((circuit, token)) => Permit::new(ShardOrSlot::Shard(circuit), token),
+            Some((circuit, token)) => policy::counted_permit(circuit, token),
             None => Permit::spent(),
         }
     }
@@ -350,13 +394,6 @@ where
     }
 }
 
-/// The permit keeps the circuit in use, so that it is not evicted.
-impl Calls for ShardedRef<Circuit> {
-    fn permit(&self, token: Token) -> Permit<CircuitRef> {
-        Permit::new(ShardOrSlot::Shard(self.clone()), token)
-    }
-}
-
 // ===== The layer =====
 
 admission_layer! {
@@ -372,6 +409,9 @@ admission_layer! {
     ///
     /// The circuit of a call is known only with its request. Therefore the inner service is polled ready also for a
     /// call that is rejected.
+    ///
+    /// All clones of a layer and all services that they make share the circuits. A setter after the layer has built a
+    /// service returns a layer with circuits of its own; use the [handle](Self::handle) to change a running layer.
     layer KeyedCircuitBreakerLayer {}
     /// The service of a [`KeyedCircuitBreakerLayer`].
     service KeyedCircuitBreaker [Sel, Id]
@@ -382,23 +422,14 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
     /// Each circuit gets the rules and settings of the circuit of `plan`.
     pub(super) fn new(key: Sel, plan: Plan<Breaker, M, R>, fns: KeyFns<Id>) -> Self {
         let Plan { policy: template, protocol, reject, mut fault } = plan;
-        if Circuit::uses_backpressure(&template) {
+        if template.has_backpressure() {
             let remedy = "remove it, because the circuit of a call is known only with its request";
             fault.get_or_insert(ConfigError::new("backpressure", "keyed", remedy));
         }
-        let circuits = Arc::new(Circuits {
-            map: KeyMap::default(),
-            max_keys: AtomicUsize::new(MAX_KEYS),
-            max_key_bytes: AtomicUsize::new(MAX_KEY_BYTES),
-            full_at: AtomicU64::new(0),
-            template,
-            fns,
-            evicted: AtomicU64::new(0),
-            uncovered: AtomicU64::new(0),
-            oversized: AtomicU64::new(0),
-            uncovered_event: RepeatedEvent::new(),
-        });
-        let policy = Keyed { key, circuits };
+        // A setter of a clone of the layer of `plan` gives it a circuit of its own, and does not change this template.
+        template.set_in_use();
+        let circuits = Circuits::new(MAX_KEYS, MAX_KEY_BYTES, template, fns);
+        let policy = Keyed { key, circuits: Arc::new(circuits) };
         Self { plan: Plan { policy, protocol, reject, fault } }
     }
 
@@ -408,15 +439,10 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
     /// If there is none, calls of new keys are made without a circuit.
     ///
     /// A lower maximum takes effect as new keys arrive: each of them evicts up to 4 circuits.
-    pub fn max_keys(mut self, max_keys: usize) -> Self {
-        let checked = match max_keys {
-            0 => Err(ConfigError::new("max_keys", max_keys, "use 1 or more")),
-            max_keys => Ok(max_keys),
-        };
-        if let Some(max_keys) = self.plan.accept(checked) {
-            self.plan.policy.circuits.max_keys.store(max_keys, Ordering::Relaxed);
-        }
-        self
+    ///
+    /// At run time: [`KeyedCircuitBreakerHandle::set_max_keys`].
+    pub fn max_keys(self, max_keys: usize) -> Self {
+        self.set(|circuits| circuits.set_max_keys(max_keys))
     }
 
     /// Sets the maximum size of a key, in bytes. 1024 by default; must be 1 or more. Calls with a larger key are made
@@ -426,14 +452,20 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
     /// about the length of its text. So the keys of the map hold at most `max_keys` × `max_key_bytes`, 1 MiB by
     /// default, if `Hash` covers everything that a key owns. A key that shares the buffer of its request, such as
     /// `bytes::Bytes`, keeps that buffer alive: return a copy. `per_origin` stores a copy without the userinfo.
-    pub fn max_key_bytes(mut self, max_key_bytes: usize) -> Self {
-        let checked = match max_key_bytes {
-            0 => Err(ConfigError::new("max_key_bytes", max_key_bytes, "use 1 or more")),
-            max_key_bytes => Ok(max_key_bytes),
-        };
-        if let Some(max_key_bytes) = self.plan.accept(checked) {
-            self.plan.policy.circuits.max_key_bytes.store(max_key_bytes, Ordering::Relaxed);
+    ///
+    /// At run time: [`KeyedCircuitBreakerHandle::set_max_key_bytes`].
+    pub fn max_key_bytes(self, max_key_bytes: usize) -> Self {
+        self.set(|circuits| circuits.set_max_key_bytes(max_key_bytes))
+    }
+
+    /// Changes a setting. A layer that has built a service gets a map of its own first.
+    fn set(mut self, set: impl FnOnce(&Circuits<Id>) -> Result<(), ConfigError>) -> Self {
+        let policy = &mut self.plan.policy;
+        if policy.circuits.is_in_use.load(Ordering::Relaxed) {
+            policy.circuits = Arc::new(policy.circuits.fork());
         }
+        let checked = set(&policy.circuits);
+        self.plan.accept(checked);
         self
     }
 
@@ -448,6 +480,7 @@ impl<S, Sel: Clone, Id, M: Clone, R: Clone> Layer<S> for KeyedCircuitBreakerLaye
     type Service = KeyedCircuitBreaker<S, Sel, Id, M, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
+        self.plan.policy.circuits.is_in_use.store(true, Ordering::Relaxed);
         KeyedCircuitBreaker { admission: self.plan.service(inner) }
     }
 }
@@ -492,6 +525,24 @@ impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
     pub fn all(&self) -> Vec<(Q, CircuitBreakerHandle)> {
         let entries = self.0.map.entries();
         entries.iter().map(|entry| (entry.key.clone(), handle(&entry.value))).collect()
+    }
+
+    /// Sets the maximum number of circuits. See [`KeyedCircuitBreakerLayer::max_keys`].
+    ///
+    /// # Errors
+    ///
+    /// Returns an error for 0.
+    pub fn set_max_keys(&self, max_keys: usize) -> Result<(), ConfigError> {
+        self.0.set_max_keys(max_keys)
+    }
+
+    /// Sets the maximum size of a key, in bytes. See [`KeyedCircuitBreakerLayer::max_key_bytes`].
+    ///
+    /// # Errors
+    ///
+    /// Returns an error for 0.
+    pub fn set_max_key_bytes(&self, max_key_bytes: usize) -> Result<(), ConfigError> {
+        self.0.set_max_key_bytes(max_key_bytes)
     }
 
     /// Returns the size and the counters of the map.

@@ -18,13 +18,12 @@ use crate::{
     respond::AsError,
 };
 
-/// The lower bound of the numbers of half-open probes that are too large: the maximum is 1000.
-const MOST_PROBES_AND_ONE: u16 = 1001;
-
 admission_layer! {
     /// Rejects calls while the upstream keeps failing, and probes it before it admits calls again.
     ///
-    /// All clones of a layer and all services that they make share one circuit. See the [module](super).
+    /// All clones of a layer and all services that they make share one circuit. A setter after the layer has built a
+    /// service returns a layer with a circuit of its own; use the [handle](Self::handle) to change a running layer. See
+    /// the [module](super).
     layer CircuitBreakerLayer {}
     /// The service of a [`CircuitBreakerLayer`].
     service CircuitBreaker []
@@ -63,18 +62,18 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// Sets for how long an open circuit rejects calls before it admits probes. 30 s by default; must be above zero.
     ///
     /// Takes a [`Duration`], or an [`OpenDuration`] that grows with each trip or follows the hint of the upstream.
-    pub fn open_for(mut self, wait: impl Into<OpenDuration>) -> Self {
-        let wait = wait.into();
-        if self.plan.accept(wait.check()).is_some() {
-            self.plan.policy.configure(|settings| settings.open_for = wait);
-        }
-        self
+    ///
+    /// At run time: [`set_open_for`](CircuitBreakerHandle::set_open_for).
+    pub fn open_for(self, open_for: impl Into<OpenDuration>) -> Self {
+        self.set(|handle| handle.set_open_for(open_for))
     }
 
     /// Sets the number of half-open probes, which is also the maximum at the same time. 1 by default; must be 1 to
     /// 1000.
     ///
     /// The circuit closes if all of them succeed, and opens again at the first failure.
+    ///
+    /// At run time: [`set_half_open_of`](CircuitBreakerHandle::set_half_open_of).
     pub fn half_open(self, probes: u16) -> Self {
         self.half_open_of(probes, probes)
     }
@@ -82,23 +81,10 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// Sets the number of half-open probes, and how many of them must succeed. `needed` must be 1 to `probes`.
     ///
     /// The circuit closes or opens as soon as the result is certain.
-    pub fn half_open_of(mut self, needed: u16, probes: u16) -> Self {
-        let checked = match (needed, probes) {
-            (_, 0 | MOST_PROBES_AND_ONE..) => {
-                Err(ConfigError::new("half_open", probes, "use 1 to 1000 probes"))
-            }
-            (1.., _) if needed <= probes => Ok(()),
-            _ => {
-                let remedy = format!("use 1 to {probes} successes of {probes} probes");
-                Err(ConfigError::new("half_open_of.needed", needed, remedy))
-            }
-        };
-        if self.plan.accept(checked).is_some() {
-            self.plan.policy.configure(|settings| {
-                (settings.needed, settings.probes) = (needed, probes);
-            });
-        }
-        self
+    ///
+    /// At run time: [`set_half_open_of`](CircuitBreakerHandle::set_half_open_of).
+    pub fn half_open_of(self, needed: u16, probes: u16) -> Self {
+        self.set(|handle| handle.set_half_open_of(needed, probes))
     }
 
     /// Sets the timeout of a half-open probe. 30 s by default; must be above zero.
@@ -106,11 +92,10 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// At its end a probe with a good response head has passed, and one that still waits for the upstream has failed.
     /// So a response that streams for hours cannot keep a circuit half-open. The [module](super#half-open)
     /// states when the timeout starts, and what happens to a probe that waits for something else.
-    pub fn probe_timeout(mut self, longest: Duration) -> Self {
-        if let Some(longest) = self.plan.accept(ConfigError::above_zero("probe_timeout", longest)) {
-            self.plan.policy.configure(|settings| settings.lease = longest);
-        }
-        self
+    ///
+    /// At run time: [`set_probe_timeout`](CircuitBreakerHandle::set_probe_timeout).
+    pub fn probe_timeout(self, timeout: Duration) -> Self {
+        self.set(|handle| handle.set_probe_timeout(timeout))
     }
 
     /// Sets the time after which a call that its caller ended, by a hang-up or by its deadline, counts as a failure.
@@ -120,45 +105,46 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// Before this time such a call is neutral, so that callers with short deadlines do not open the circuit. After it,
     /// a hung upstream opens the circuit although every caller ends its call first. Raise the time for upstreams that
     /// usually take longer: the preset `slow` has 10 s, `llm` 60 s.
-    pub fn count_cancelled_after(mut self, time: impl Into<Option<Duration>>) -> Self {
-        let checked = time
-            .into()
-            .map(|time| ConfigError::above_zero("count_cancelled_after", time))
-            .transpose();
-        if let Some(time) = self.plan.accept(checked) {
-            self.plan.policy.configure(|settings| settings.count_cancelled_after = time);
-        }
-        self
+    ///
+    /// At run time: [`set_count_cancelled_after`](CircuitBreakerHandle::set_count_cancelled_after).
+    pub fn count_cancelled_after(self, time: impl Into<Option<Duration>>) -> Self {
+        self.set(|handle| handle.set_count_cancelled_after(time))
     }
 
     /// Lets callers wait for the verdict of the half-open probes, instead of rejecting them. By default no caller
     /// waits.
     ///
-    /// `callers` is the maximum number of waiting callers, and `longest` the maximum duration of each wait (above
+    /// `callers` is the maximum number of waiting callers, and `max_wait` the maximum duration of each wait (above
     /// zero). When the circuit closes, all of them are admitted at once, unless it [ramps](Self::ramp) up. A caller
     /// that leaves (its future is dropped) frees its position.
-    pub fn half_open_queue(mut self, callers: u32, longest: Duration) -> Self {
-        let checked = ConfigError::above_zero("wait_for_verdict.longest", longest);
-        if let Some(longest) = self.plan.accept(checked) {
-            self.plan.policy.let_wait(callers, longest);
-        }
-        self
+    ///
+    /// At run time: [`set_half_open_queue`](CircuitBreakerHandle::set_half_open_queue).
+    pub fn half_open_queue(self, callers: u32, max_wait: Duration) -> Self {
+        self.set(|handle| handle.set_half_open_queue(callers, max_wait))
     }
 
     /// Admits no call as a half-open probe. The outcomes that are passed to the handle's
     /// [`record`](CircuitBreakerHandle::record), for example by a health probe, decide instead.
+    ///
+    /// At run time: [`set_external_probes`](CircuitBreakerHandle::set_external_probes).
     pub fn external_probes(self) -> Self {
-        self.plan.policy.configure(|settings| settings.outside_probes = true);
-        self
+        self.set(|handle| {
+            handle.set_external_probes(true);
+            Ok(())
+        })
     }
 
     /// Sets the duration of a ramp after closing. Zero by default: all calls are admitted at once.
     ///
     /// A ramp admits a tenth of the calls at first, and a share that grows to all of them over this time. It protects
     /// an upstream that has just recovered. The other calls are rejected.
-    pub fn ramp(self, over: Duration) -> Self {
-        self.plan.policy.configure(|settings| settings.ramp = over);
-        self
+    ///
+    /// At run time: [`set_ramp`](CircuitBreakerHandle::set_ramp).
+    pub fn ramp(self, duration: Duration) -> Self {
+        self.set(|handle| {
+            handle.set_ramp(duration);
+            Ok(())
+        })
     }
 
     /// Makes the service not ready while the circuit would reject a call, so that a balancer (`tower::balance::p2c`)
@@ -171,15 +157,21 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// rustc rejects the type of such a balancer in `tokio::spawn` and in an axum handler ("implementation of `From` is
     /// not general enough"): [`BoxError`](crate::error::BoxError#tasks-and-handlers) states the remedies.
     pub fn backpressure(self) -> Self {
-        self.plan.policy.hold_back();
-        self
+        self.set(|handle| {
+            handle.0.set_backpressure();
+            Ok(())
+        })
     }
 
     /// Enables shadow mode: the layer rejects no calls, and counts those that it would reject. Use it to try out a
     /// configuration.
+    ///
+    /// At run time: [`set_shadow`](CircuitBreakerHandle::set_shadow).
     pub fn shadow(self) -> Self {
-        self.plan.policy.set_shadow(true);
-        self
+        self.set(|handle| {
+            handle.set_shadow(true);
+            Ok(())
+        })
     }
 
     /// Returns a layer with a circuit for each key that this closure returns, with the rules and settings made so far.
@@ -205,9 +197,28 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     }
 
     /// Sets the name that rejections, events and snapshots contain. The first name stays. An empty name has no effect.
-    pub fn name(self, name: &str) -> Self {
+    pub fn name(mut self, name: &str) -> Self {
+        self.fork_if_in_use(name);
         self.plan.policy.name(name);
         self
+    }
+
+    /// Changes a setting. A layer that has built a service gets a circuit of its own first.
+    fn set(mut self, set: impl FnOnce(&CircuitBreakerHandle) -> Result<(), ConfigError>) -> Self {
+        self.fork_if_in_use("");
+        let checked = set(&self.handle());
+        self.plan.accept(checked);
+        self
+    }
+
+    /// Gives a layer that has built a service a circuit of its own, with this name or else the present one.
+    fn fork_if_in_use(&mut self, name: &str) {
+        let policy = &mut self.plan.policy;
+        if policy.is_in_use() {
+            let fork = policy.fork();
+            fork.name(if name.is_empty() { policy.named() } else { name });
+            *policy = fork;
+        }
     }
 
     /// Returns the handle of the circuit, which reads and controls it.
@@ -221,6 +232,14 @@ impl<S, M: Clone, R: Clone> Layer<S> for CircuitBreakerLayer<M, R> {
     type Service = CircuitBreaker<S, M, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
+        self.plan.policy.set_in_use();
         CircuitBreaker { admission: self.plan.service(inner) }
+    }
+}
+
+impl Default for CircuitBreakerLayer {
+    /// Returns the breaker of [`http`](CircuitBreakerLayer::http).
+    fn default() -> Self {
+        Self::http()
     }
 }

@@ -128,7 +128,7 @@
 //! | [`OpenDuration`] | rejects calls for |
 //! |---|---|
 //! | a `Duration`, or [`fixed`](OpenDuration::fixed) | the same time at each trip |
-//! | [`backoff`](OpenDuration::backoff) | twice as long with each trip, with jitter, up to a maximum; the base again after a [calm](OpenDuration::calm_after) |
+//! | [`backoff`](OpenDuration::backoff) | twice as long with each trip, with jitter, up to a maximum; the base again [after a time without trips](OpenDuration::reset_after) |
 //! | [`follow_retry_after`](OpenDuration::follow_retry_after) | at least the `Retry-After` or gRPC pushback of the upstream, up to a bound |
 //!
 //! # Half-open
@@ -182,7 +182,7 @@
 //!
 //! | a circuit is | like new |
 //! |---|---|
-//! | closed, and has counted nothing | at once, or when its trips are forgotten ([`calm_after`](OpenDuration::calm_after)) or its ramp has ended |
+//! | closed, and has counted nothing | at once, or when its trips are forgotten ([`reset_after`](OpenDuration::reset_after)) or its ramp has ended |
 //! | closed, and has counted calls | in addition after its quiet period: no call was counted for 60 s, or for its longest [time window](Trip::within) if that is longer |
 //! | open | never |
 //! | half-open | after it received no call for as long as it was open |
@@ -204,8 +204,8 @@
 //! |---|---|
 //! | [`force_open`](CircuitBreakerHandle::force_open) [`force_closed`](CircuitBreakerHandle::force_closed) [`half_open`](CircuitBreakerHandle::half_open) [`reset`](CircuitBreakerHandle::reset) | set the state |
 //! | [`isolate`](CircuitBreakerHandle::isolate) | holds the circuit open as long as a guard exists, in any state |
-//! | [`shadow`](CircuitBreakerHandle::shadow) | rejects no calls, and counts those that it would reject; the states change as usual |
-//! | [`set_trip`](CircuitBreakerHandle::set_trip) [`set_open_for`](CircuitBreakerHandle::set_open_for) | set thresholds and open times; the counts stay |
+//! | [`set_shadow`](CircuitBreakerHandle::set_shadow) | rejects no calls, and counts those that it would reject; the states change as usual |
+//! | [`set_trip`](CircuitBreakerHandle::set_trip) [`set_open_for`](CircuitBreakerHandle::set_open_for) and the other setters | change the settings; the counts stay |
 //! | [`snapshot`](CircuitBreakerHandle::snapshot) [`restore`](CircuitBreakerHandle::restore) | transfer the state to another circuit |
 //! | [`changed`](CircuitBreakerHandle::changed) | waits for the next change of the state, also by time alone |
 //!
@@ -253,7 +253,7 @@
 //! |---|---|
 //! | rule | 5 failures in a row |
 //! | [`open_for`](CircuitBreakerLayer::open_for) | 30 s, fixed |
-//! | [`OpenDuration::backoff`] | × 2, up to a tenth of jitter, calm after 60 s |
+//! | [`OpenDuration::backoff`] | × 2, up to a tenth of jitter, the base again after 60 s |
 //! | [`half_open`](CircuitBreakerLayer::half_open) | 1 probe |
 //! | [`probe_timeout`](CircuitBreakerLayer::probe_timeout) | 30 s |
 //! | [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after) | 1 s; 10 s with the preset `slow`, 60 s with `llm` |
@@ -286,9 +286,8 @@ pub use self::{
         KeyedCircuitBreakerSnapshot, PerOrigin,
     },
     layer::{CircuitBreaker, CircuitBreakerLayer},
-    machine::CallStats,
     open_duration::OpenDuration,
     state::{CircuitState, HalfOpenProgress},
-    trip::{Trip, TripReason},
+    trip::{CallStats, Trip, TripReason},
 };
 pub use crate::{admission::AdmissionFuture, origin::Origin};

@@ -11,8 +11,8 @@ pub struct OpenDuration {
     factor: f64,
     max: Duration,
     jitter: f64,
-    hint_up_to: Duration,
-    calm: Duration,
+    max_hint: Duration,
+    reset_after: Duration,
 }
 
 impl OpenDuration {
@@ -24,14 +24,14 @@ impl OpenDuration {
             factor: 1.0,
             max: wait,
             jitter: 0.0,
-            hint_up_to: Duration::ZERO,
-            calm: Duration::from_secs(60),
+            max_hint: Duration::ZERO,
+            reset_after: Duration::from_secs(60),
         }
     }
 
     /// Returns an open time of `base` at the first trip, which doubles with each trip up to `max`. A random part of up
     /// to a tenth is added ([`jitter`](Self::jitter)). A circuit that stays closed for 60 s
-    /// ([`calm_after`](Self::calm_after)) starts at `base` again.
+    /// ([`reset_after`](Self::reset_after)) starts at `base` again.
     #[must_use]
     pub const fn backoff(base: Duration, max: Duration) -> Self {
         Self { factor: 2.0, max, jitter: 0.1, ..Self::fixed(base) }
@@ -57,14 +57,14 @@ impl OpenDuration {
     /// time.
     #[must_use]
     pub const fn follow_retry_after(mut self, up_to: Duration) -> Self {
-        self.hint_up_to = up_to;
+        self.max_hint = up_to;
         self
     }
 
     /// Sets for how long a circuit must stay closed until the next open time is the base again. 60 s by default.
     #[must_use]
-    pub const fn calm_after(mut self, closed_for: Duration) -> Self {
-        self.calm = closed_for;
+    pub const fn reset_after(mut self, closed_for: Duration) -> Self {
+        self.reset_after = closed_for;
         self
     }
 
@@ -72,20 +72,20 @@ impl OpenDuration {
         self.base
     }
 
-    pub(super) const fn calm(&self) -> Duration {
-        self.calm
+    pub(super) const fn reset_time(&self) -> Duration {
+        self.reset_after
     }
 
-    /// Returns the open time after `before` earlier trips since the circuit was last calm. `roll` is drawn from [0, 1).
-    pub(super) fn wait(&self, before: u32, hint: Option<Duration>, roll: f64) -> Duration {
+    /// Returns the open time after `before` earlier trips since the trips were last forgotten. `rng` is drawn from [0, 1).
+    pub(super) fn wait(&self, before: u32, hint: Option<Duration>, rng: f64) -> Duration {
         let growth = self.factor.powi(i32::try_from(before).unwrap_or(i32::MAX));
         let (base, max) = (self.base.as_secs_f64(), self.max.as_secs_f64());
         // Calculated in floating point, because the arithmetic of `Duration` panics if a product exceeds its range.
         let grown = (base * growth).min(max.max(base));
-        let jittered = grown * (1.0 + self.jitter * roll);
+        let jittered = grown * (1.0 + self.jitter * rng);
         let capped = if self.factor > 1.0 { jittered.min(max.max(base)) } else { jittered };
         let wait = Duration::try_from_secs_f64(capped).unwrap_or(Duration::MAX);
-        wait.max(hint.unwrap_or_default().min(self.hint_up_to))
+        wait.max(hint.unwrap_or_default().min(self.max_hint))
     }
 
     /// Checks the settings.
@@ -140,13 +140,13 @@ mod tests {
         #[test]
         fn never_panics_and_never_exceeds_its_maximum(
             base in 1u64..u64::MAX, more in any::<u64>(), factor in 1.0f64..1e9,
-            jitter in 0.0f64..=1.0, before in any::<u32>(), roll in 0.0f64..1.0,
+            jitter in 0.0f64..=1.0, before in any::<u32>(), rng in 0.0f64..1.0,
         ) {
             let (base, max) = (Duration::from_nanos(base), Duration::from_nanos(base.saturating_add(more)));
             let wait = OpenDuration::backoff(base, max).factor(factor).jitter(jitter);
             prop_assert!(wait.check().is_ok());
-            let most = max.as_secs_f64() * if factor > 1.0 { 1.0 } else { 1.0 + jitter };
-            prop_assert!(wait.wait(before, None, roll).as_secs_f64() <= most * 1.000_001);
+            let max_wait = max.as_secs_f64() * if factor > 1.0 { 1.0 } else { 1.0 + jitter };
+            prop_assert!(wait.wait(before, None, rng).as_secs_f64() <= max_wait * 1.000_001);
         }
     }
 }

@@ -7,6 +7,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use pin_project_lite::pin_project;
@@ -17,24 +18,18 @@ use tokio::{
 
 use super::{
     circuit::{Circuit, is_late, is_probe},
-    state::{CircuitSettings, Refusal},
+    state::{CircuitSettings, Rejection},
     trip::Trip,
 };
 use crate::{
     admission::{Admit, Policy, Terms},
     outcome::{LayerKind, Rejected, SentMark},
-    permit::{Permit, ShardOrSlot, ShardedArc, Slot, Token},
+    permit::{Permit, ShardOrSlot, ShardedArc, ShardedRef, Slot, Token},
     time::{CallClock, has_passed},
 };
 
 /// The state that records the end of a call: the circuit, or its slot.
 pub(super) type CircuitRef = ShardOrSlot<Circuit, Slot<Circuit>>;
-
-/// A reference to a circuit from which permits are made.
-pub trait Calls: Deref<Target = Circuit> + Clone + Send + Sync + 'static {
-    /// Returns the permit of a call that the circuit has admitted.
-    fn permit(&self, token: Token) -> Permit<CircuitRef>;
-}
 
 // ===== The circuit of a layer =====
 
@@ -47,7 +42,16 @@ pub struct Breaker {
 
 impl Breaker {
     pub(super) fn new(trip: Trip, settings: CircuitSettings) -> Self {
-        let circuit = ShardedArc::new(Circuit::new(trip, settings, false));
+        Self::of(Circuit::new(trip, settings, false))
+    }
+
+    /// Returns a breaker of its own with the rules and settings of this one.
+    pub(super) fn fork(&self) -> Self {
+        Self::of(self.like(false))
+    }
+
+    fn of(circuit: Circuit) -> Self {
+        let circuit = ShardedArc::new(circuit);
         let slot = circuit.slot();
         slot.register(Arc::downgrade(circuit.state()));
         Self { slot, circuit }
@@ -55,21 +59,6 @@ impl Breaker {
 
     pub(super) fn circuit(&self) -> &Arc<Circuit> {
         self.circuit.state()
-    }
-}
-
-impl Calls for Breaker {
-    #[inline]
-    fn permit(&self, token: Token) -> Permit<CircuitRef> {
-        // A call that holds the slot holds no counted reference. If its outcome changes the machine, the slot has to look
-        // up the circuit under a lock. So only calls of circuits in which a success changes nothing hold the slot.
-        let holds_slot = self.slot.word().ignores_success() && !is_probe(token);
-        let anchor = if holds_slot {
-            ShardOrSlot::Slot(self.slot)
-        } else {
-            ShardOrSlot::Shard(self.circuit.lease())
-        };
-        Permit::new(anchor, token)
     }
 }
 
@@ -90,7 +79,7 @@ impl fmt::Debug for Breaker {
 impl<Req> Policy<Req> for Breaker {
     type StateRef = CircuitRef;
     type Pass = Token;
-    type Wait = VerdictWait<Self>;
+    type Wait = VerdictWait;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
 
@@ -104,7 +93,7 @@ impl<Req> Policy<Req> for Breaker {
         let deadline = terms.deadline().map(|deadline| deadline.at());
         match self.slot.word().admit() {
             Some(token) if !CallClock::is_past(deadline) => Admit::Pass(token),
-            _ => admit(self, deadline, || terms.sent_mark()),
+            _ => admit(self, deadline, || terms.sent_mark(), || self.circuit.lease()),
         }
     }
 
@@ -115,7 +104,15 @@ impl<Req> Policy<Req> for Breaker {
 
     #[inline]
     fn permit(&self, token: Token) -> Permit<CircuitRef> {
-        Calls::permit(self, token)
+        // A call that holds the slot holds no counted reference. If its outcome changes the machine, the slot has to look
+        // up the circuit under a lock. So only calls of circuits in which a success changes nothing hold the slot.
+        let holds_slot = self.slot.word().ignores_success() && !is_probe(token);
+        let circuit = if holds_slot {
+            ShardOrSlot::Slot(self.slot)
+        } else {
+            ShardOrSlot::Shard(self.circuit.lease())
+        };
+        Permit::new(circuit, token)
     }
 
     fn is_stale(&self, permit: &Permit<CircuitRef>) -> bool {
@@ -131,7 +128,7 @@ impl<Req> Policy<Req> for Breaker {
     }
 
     fn uses_backpressure(&self) -> bool {
-        Circuit::uses_backpressure(self)
+        self.has_backpressure()
     }
 
     fn changes_at(&self) -> Option<Instant> {
@@ -144,7 +141,7 @@ impl<Req> Policy<Req> for Breaker {
 /// Returns the time of the next change without a call. This includes the ends of probes, which a circuit without
 /// traffic would not notice otherwise.
 fn changes_at(circuit: &Circuit) -> Option<Instant> {
-    Instant::now().checked_add(circuit.lasts()?)
+    Instant::now().checked_add(circuit.time_to_change()?)
 }
 
 pub(super) fn is_stale(permit: &Permit<CircuitRef>) -> bool {
@@ -155,114 +152,115 @@ pub(super) fn is_stale(permit: &Permit<CircuitRef>) -> bool {
 }
 
 pub(super) fn reject_late(circuit: &Circuit) -> Option<Rejected> {
-    (!circuit.is_shadow()).then(|| circuit.refuse_late())
+    (!circuit.is_shadow()).then(|| circuit.reject_late())
 }
 
+/// Admits a call by the machine. `reference` returns the reference that a waiting caller holds.
 #[inline]
-pub(super) fn admit<C: Calls>(
-    circuit: &C,
+pub(super) fn admit(
+    circuit: &Circuit,
     deadline: Option<Instant>,
     sent_mark: impl Fn() -> Option<SentMark>,
-) -> Admit<Token, VerdictWait<C>> {
+    reference: impl FnOnce() -> ShardedRef<Circuit>,
+) -> Admit<Token, VerdictWait> {
     // A call whose deadline has passed has no caller that waits for it, and must not use a probe slot.
     if CallClock::is_past(deadline) && !circuit.is_shadow() {
-        return Admit::Reject(circuit.refuse_late());
+        return Admit::Reject(circuit.reject_late());
     }
-    match circuit.enter(&sent_mark) {
+    match circuit.admit(&sent_mark) {
         Ok(token) => Admit::Pass(token),
-        Err(refusal) => refused(circuit, refusal, deadline, sent_mark),
-    }
-}
-
-#[inline(never)]
-fn refused<C: Calls>(
-    circuit: &C,
-    refusal: Refusal,
-    deadline: Option<Instant>,
-    sent_mark: impl FnOnce() -> Option<SentMark>,
-) -> Admit<Token, VerdictWait<C>> {
-    match refusal {
-        Refusal::Probing => probing(circuit, deadline, sent_mark()),
-        refusal => Admit::Reject(circuit.refuse(refusal)),
+        Err(Rejection::Probing) => wait_or_reject(reference(), deadline, sent_mark()),
+        Err(rejection) => Admit::Reject(circuit.reject(rejection)),
     }
 }
 
 #[cold]
-fn probing<C: Calls>(
-    circuit: &C,
+fn wait_or_reject(
+    circuit: ShardedRef<Circuit>,
     deadline: Option<Instant>,
     sent_mark: Option<SentMark>,
-) -> Admit<Token, VerdictWait<C>> {
-    match VerdictWait::begin(circuit, deadline, sent_mark) {
-        Some(wait) => Admit::Queue(Box::pin(wait)),
-        None => Admit::Reject(circuit.refuse(Refusal::Probing)),
+) -> Admit<Token, VerdictWait> {
+    match circuit.join_queue() {
+        Some(max_wait) => {
+            Admit::Queue(Box::pin(VerdictWait::new(circuit, max_wait, deadline, sent_mark)))
+        }
+        None => Admit::Reject(circuit.reject(Rejection::Probing)),
     }
 }
 
 pin_project! {
     /// A caller's wait for the verdict of the half-open probes. Dropping it at any point frees its position.
-    pub struct VerdictWait<C: Calls> {
-        place: Place<C>,
+    pub struct VerdictWait {
+        entry: VerdictQueueEntry,
         // Boxed, because only calls that wait pay for it.
-        told: Pin<Box<OwnedNotified>>,
-        longest: Instant,
+        changed: Pin<Box<OwnedNotified>>,
+        // The end of the wait, by its maximum or by the deadline.
+        end: Instant,
         deadline: Option<Instant>,
         sent_mark: Option<SentMark>,
         #[pin]
-        by_time: Sleep,
+        timer: Sleep,
     }
 }
 
-struct Place<C: Calls>(C);
+struct VerdictQueueEntry(ShardedRef<Circuit>);
 
-impl<C: Calls> Drop for Place<C> {
+impl Drop for VerdictQueueEntry {
     fn drop(&mut self) {
-        self.0.wait_no_more();
+        self.0.leave_queue();
     }
 }
 
-impl<C: Calls> VerdictWait<C> {
-    /// Begins to wait. `None` if the maximum number of callers waits already.
-    fn begin(circuit: &C, deadline: Option<Instant>, sent_mark: Option<SentMark>) -> Option<Self> {
-        let longest = circuit.wait()?;
-        let place = Place(circuit.clone());
-        let told = Box::pin(circuit.changed().clone().notified_owned());
-        let by_time = sleep(longest);
-        let longest = by_time.deadline();
-        let longest = deadline.map_or(longest, |deadline| deadline.min(longest));
-        Some(Self { place, told, longest, deadline, sent_mark, by_time })
+impl VerdictWait {
+    /// Begins to wait. Requires that the caller has joined the queue.
+    fn new(
+        circuit: ShardedRef<Circuit>,
+        max_wait: Duration,
+        deadline: Option<Instant>,
+        sent_mark: Option<SentMark>,
+    ) -> Self {
+        let changed = Box::pin(circuit.changed().clone().notified_owned());
+        let timer = sleep(max_wait);
+        let end = timer.deadline();
+        let end = deadline.map_or(end, |deadline| deadline.min(end));
+        Self { entry: VerdictQueueEntry(circuit), changed, end, deadline, sent_mark, timer }
     }
 }
 
-impl<C: Calls> Future for VerdictWait<C> {
+impl Future for VerdictWait {
     type Output = Result<Permit<CircuitRef>, Rejected>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        let circuit = &this.place.0;
+        let circuit = &this.entry.0;
         loop {
-            let told = this.told.as_mut().poll(cx).is_ready();
-            if told {
-                this.told.set(circuit.changed().clone().notified_owned());
+            let has_changed = this.changed.as_mut().poll(cx).is_ready();
+            if has_changed {
+                this.changed.set(circuit.changed().clone().notified_owned());
             }
             if has_passed(*this.deadline) {
-                return Poll::Ready(Err(circuit.refuse_late()));
+                return Poll::Ready(Err(circuit.reject_late()));
             }
             // Checked after the waker is registered, so that no change in between is missed.
-            match circuit.enter(|| this.sent_mark.clone()) {
-                Ok(token) => return Poll::Ready(Ok(circuit.permit(token))),
-                Err(Refusal::Probing) if told => continue,
-                Err(Refusal::Probing) => {}
-                Err(refusal) => return Poll::Ready(Err(circuit.refuse(refusal))),
+            match circuit.admit(|| this.sent_mark.clone()) {
+                Ok(token) => return Poll::Ready(Ok(counted_permit(circuit.clone(), token))),
+                Err(Rejection::Probing) if has_changed => continue,
+                Err(Rejection::Probing) => {}
+                Err(rejection) => return Poll::Ready(Err(circuit.reject(rejection))),
             }
-            let next = changes_at(circuit).map_or(*this.longest, |at| at.min(*this.longest));
-            if this.by_time.deadline() != next {
-                this.by_time.as_mut().reset(next);
+            let next = changes_at(circuit).map_or(*this.end, |at| at.min(*this.end));
+            if this.timer.deadline() != next {
+                this.timer.as_mut().reset(next);
             }
-            ready!(this.by_time.as_mut().poll(cx));
-            if Instant::now() >= *this.longest && !has_passed(*this.deadline) {
-                return Poll::Ready(Err(circuit.refuse(Refusal::Probing)));
+            ready!(this.timer.as_mut().poll(cx));
+            if Instant::now() >= *this.end && !has_passed(*this.deadline) {
+                return Poll::Ready(Err(circuit.reject(Rejection::Probing)));
             }
         }
     }
+}
+
+/// Returns a permit that keeps the circuit in use, so that it is not evicted.
+pub(super) fn counted_permit(circuit: ShardedRef<Circuit>, token: Token) -> Permit<CircuitRef> {
+    Permit::new(ShardOrSlot::Shard(circuit), token)
 }

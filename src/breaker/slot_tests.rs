@@ -27,11 +27,14 @@ fn take(slot: &'static Slot<Circuit>) -> bool {
 #[cfg(not(buttress_loom))]
 mod unit_tests {
     use super::super::{
-        machine::CallStats,
-        policy::{Breaker, Calls},
+        policy::{Breaker, CircuitRef},
+        trip::CallStats,
     };
     use super::*;
-    use crate::permit::ShardOrSlot;
+    use crate::{
+        admission::Policy,
+        permit::{Permit, ShardOrSlot},
+    };
 
     #[test]
     fn late_call_does_not_change_the_next_circuit_of_its_slot() {
@@ -39,7 +42,7 @@ mod unit_tests {
             let slot = Slot::allocate();
             let first = circuit(slot);
             let tokens = [Outcome::failure(), Outcome::success(), Outcome::cancelled()]
-                .map(|late| (first.enter(|| None).expect("closed"), late));
+                .map(|late| (first.admit(|| None).expect("closed"), late));
             drop(first);
             for (token, late) in tokens {
                 slot.release(token, late);
@@ -49,13 +52,13 @@ mod unit_tests {
                 continue;
             }
             let second = circuit(slot);
-            let own = second.enter(|| None).expect("closed");
+            let own = second.admit(|| None).expect("closed");
             for (token, late) in tokens {
                 assert_ne!(token.tag, own.tag);
                 slot.release(token, late);
             }
             assert_eq!(second.state().0, CircuitState::Closed);
-            let seen = second.look(|machine, times, now| machine.seen(now, times));
+            let seen = second.read(|machine, times, now| machine.call_stats(now, times));
             assert_eq!(seen, CallStats::default());
             slot.release(own, Outcome::failure());
             assert_eq!(second.state().0, CircuitState::Open, "its own calls count");
@@ -67,18 +70,23 @@ mod unit_tests {
     /// The slot looks up its circuit under a lock, so a call that changes the machine must hold the circuit itself.
     #[test]
     fn call_holds_the_slot_only_while_a_success_changes_nothing() {
+        fn permit(breaker: &Breaker) -> Permit<CircuitRef> {
+            let token = Circuit::admit(breaker, || None).expect("closed");
+            Policy::<()>::permit(breaker, token)
+        }
+
         fn holds_slot(breaker: &Breaker) -> bool {
-            let permit = breaker.permit(breaker.enter(|| None).expect("closed"));
-            matches!(permit.state(), Some(ShardOrSlot::Slot(_)))
+            matches!(permit(breaker).state(), Some(ShardOrSlot::Slot(_)))
         }
         let breaker =
             Breaker::new(Trip::failure_ratio(0.5).over(2).min_calls(1), CircuitSettings::DEFAULT);
         for is_clean in [false, false, true, true] {
             assert_eq!(holds_slot(&breaker), is_clean);
-            breaker.permit(breaker.enter(|| None).expect("closed")).release(Outcome::success());
+            permit(&breaker).release(Outcome::success());
         }
-        breaker
-            .act(|machine, at| Some(machine.force(CircuitState::ForcedClosed, at.now, at.times)));
+        breaker.change(|machine, at| {
+            Some(machine.force(CircuitState::ForcedClosed, at.now, at.times))
+        });
         assert!(!holds_slot(&breaker));
     }
 
@@ -87,7 +95,7 @@ mod unit_tests {
         let slot = Slot::allocate();
         let first = circuit(slot);
         let circuit = Arc::downgrade(&first);
-        let token = first.enter(|| None).expect("closed");
+        let token = first.admit(|| None).expect("closed");
         drop(first);
         assert!(circuit.upgrade().is_none());
         slot.release(token, Outcome::failure());
@@ -106,7 +114,7 @@ mod loom_models {
         loom::model(move || {
             let slot = Slot::allocate();
             let first = circuit(slot);
-            let token = first.enter(|| None).expect("closed");
+            let token = first.admit(|| None).expect("closed");
             let late = thread::spawn(move || slot.release(token, Outcome::failure()));
             drop(first);
             if take(slot) {
@@ -120,7 +128,7 @@ mod loom_models {
     #[test]
     fn loom_late_call_does_not_change_another_circuit() {
         late_call(|second| {
-            let own = second.enter(|| None).expect("closed");
+            let own = second.admit(|| None).expect("closed");
             assert_eq!(second.state().0, CircuitState::Closed);
             second.slot().release(own, Outcome::failure());
             assert_eq!(second.state().0, CircuitState::Open);
@@ -146,7 +154,7 @@ mod loom_models {
         loom::model(|| {
             let slot = Slot::allocate();
             let circuit = circuit(slot);
-            let token = circuit.enter(|| None).expect("closed");
+            let token = circuit.admit(|| None).expect("closed");
             let ends = thread::spawn(move || slot.release(token, Outcome::failure()));
             let handle = circuit.clone();
             drop(circuit);

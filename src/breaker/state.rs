@@ -1,8 +1,8 @@
-//! The types that the state machine of a circuit exchanges with its callers: states, settings, tickets and changes.
+//! The types that the state machine of a circuit exchanges with its callers: states, settings, tokens and changes.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
-use super::{machine::TimeWindows, open_duration::OpenDuration, trip::TripReason};
+use super::{open_duration::OpenDuration, trip::TripReason};
 use crate::{
     outcome::COUNT_CANCELLED_AFTER,
     time::{Nanos, nanos},
@@ -10,6 +10,7 @@ use crate::{
 
 /// The state of a circuit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum CircuitState {
     /// Calls are admitted, and their outcomes are counted.
     Closed,
@@ -37,6 +38,12 @@ impl CircuitState {
     }
 }
 
+impl fmt::Display for CircuitState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CircuitSettings {
     pub(super) open_for: OpenDuration,
@@ -44,33 +51,33 @@ pub(super) struct CircuitSettings {
     pub(super) probes: u16,
     /// The number of successful probes that closes the circuit.
     pub(super) needed: u16,
-    pub(super) lease: Duration,
+    pub(super) probe_timeout: Duration,
     /// The time after which a call that its caller ended counts as a failure. `None`: never.
     pub(super) count_cancelled_after: Option<Duration>,
     /// The duration of the ramp after closing. Zero: no ramp.
     pub(super) ramp: Duration,
     /// Calls are never probes. Outcomes that are recorded by the handle decide.
-    pub(super) outside_probes: bool,
+    pub(super) external_probes: bool,
     /// Backpressure: the caller polls for readiness before it has a call. A ramp then admits all calls for a part of
     /// the time, instead of a random part of the calls.
-    pub(super) uses_backpressure: bool,
+    pub(super) backpressure: bool,
 }
 
 /// The share of calls that is admitted at the beginning of a ramp.
 const RAMP_FROM: f64 = 0.1;
 /// The number of steps of a ramp with backpressure.
-const TURNS: u64 = 100;
+const RAMP_STEPS: u64 = 100;
 
 impl CircuitSettings {
     pub(super) const DEFAULT: Self = Self {
         open_for: OpenDuration::fixed(Duration::from_secs(30)),
         probes: 1,
         needed: 1,
-        lease: Duration::from_secs(30),
+        probe_timeout: Duration::from_secs(30),
         count_cancelled_after: Some(COUNT_CANCELLED_AFTER),
         ramp: Duration::ZERO,
-        outside_probes: false,
-        uses_backpressure: false,
+        external_probes: false,
+        backpressure: false,
     };
 
     /// Returns the share of calls that is admitted at this time after the beginning of a ramp.
@@ -82,38 +89,46 @@ impl CircuitSettings {
     ///
     /// The ramp is divided into steps of equal length. In each step calls are admitted during the first part. The share
     /// of this part in the step is the share of calls that the ramp admits at the beginning of the step.
-    pub(super) fn turn(&self, since: Nanos, now: Nanos) -> (bool, Nanos) {
-        let length = (nanos(self.ramp) / TURNS).max(1);
+    pub(super) fn ramp_step(&self, since: Nanos, now: Nanos) -> (bool, Nanos) {
+        let length = (nanos(self.ramp) / RAMP_STEPS).max(1);
         let gone = now.saturating_sub(since);
         let into = gone % length;
-        let goes = (self.ramp_share(gone - into) * length as f64) as Nanos;
-        let change = if into < goes { goes } else { length };
-        (into < goes, now.saturating_add(change - into))
+        let admitting = (self.ramp_share(gone - into) * length as f64) as Nanos;
+        let change = if into < admitting { admitting } else { length };
+        (into < admitting, now.saturating_add(change - into))
     }
-}
-
-/// A function that draws a random number from [0, 1).
-pub(super) type Roll = fn() -> f64;
-
-/// The context of an operation on the machine: the time, a source of random numbers, and the time windows, which are
-/// not part of the machine.
-#[derive(Clone, Copy)]
-pub(super) struct At<'a> {
-    pub(super) now: Nanos,
-    pub(super) roll: Roll,
-    pub(super) times: &'a TimeWindows,
 }
 
 /// The record of an admission: the generation in which the outcome counts. Each probe has its own generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ticket {
+pub(super) struct CircuitToken {
     pub(super) generation: u64,
-    pub(super) probe: bool,
+    pub(super) is_probe: bool,
+}
+
+impl CircuitToken {
+    /// The bit of a tag that marks a probe. The other bits are the generation.
+    const PROBE: u64 = 1 << 63;
+
+    /// The token of a call that only shadow mode admits. Its outcome is not recorded: no circuit reaches this
+    /// generation, because the published word stores 57 bits.
+    pub(super) const UNCOUNTED: Self = Self { generation: Self::PROBE - 1, is_probe: false };
+
+    /// Returns the tag of a permit's token.
+    #[inline]
+    pub(super) const fn pack(self) -> u64 {
+        self.generation | if self.is_probe { Self::PROBE } else { 0 }
+    }
+
+    #[inline]
+    pub(super) const fn unpack(tag: u64) -> Self {
+        Self { generation: tag & !Self::PROBE, is_probe: tag & Self::PROBE != 0 }
+    }
 }
 
 /// The reason for which a call is not admitted, with the time until that changes without other events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub(super) enum Rejection {
     Open { left: Nanos },
     Probing,
     Ramping { left: Nanos },

@@ -1,6 +1,5 @@
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::machine::{CallStats, WindowSpan};
 use crate::{error::ConfigError, outcome::Outcome};
 
 /// The rule by which a circuit opens, or several rules of which the first to trip opens it.
@@ -20,11 +19,11 @@ use crate::{error::ConfigError, outcome::Outcome};
 /// ```
 #[derive(Clone, Debug)]
 pub struct Trip {
-    pub(super) rules: Vec<Rule>,
+    pub(super) rules: Vec<TripRule>,
 }
 
 #[derive(Clone)]
-pub(super) enum Rule {
+pub(super) enum TripRule {
     Consecutive { failures: u32 },
     Ratio(Ratio),
     When(Arc<Closure>),
@@ -51,24 +50,45 @@ pub(super) enum Bad {
     Slow(Duration),
 }
 
+/// The extent of a ratio's window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WindowSpan {
+    Time(Duration),
+    Calls(u32),
+}
+
+/// The counts of a circuit since it closed, as the argument of [`Trip::when`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CallStats {
+    /// The number of consecutive failures.
+    pub consecutive_failures: u32,
+    /// The maximum number of calls in any window of the ratio rules.
+    pub window_calls: u64,
+    /// The maximum number of failures in the window of any [failure ratio](Trip::failure_ratio).
+    pub window_failures: u64,
+    /// The maximum number of slow calls in the window of any [slow ratio](Trip::slow_ratio).
+    pub window_slow: u64,
+}
+
 /// The maximum number of calls of a window. Their bits occupy 125 KB.
-const MOST_CALLS: u32 = 1_000_000;
+const MAX_WINDOW_CALLS: u32 = 1_000_000;
 
 impl Trip {
-    fn of(rule: Rule) -> Self {
+    fn of(rule: TripRule) -> Self {
         Self { rules: vec![rule] }
     }
 
     fn ratio(of: Bad, limit: f64) -> Self {
         let span = WindowSpan::Time(Duration::from_secs(10));
-        Self::of(Rule::Ratio(Ratio { of, limit, span, min_calls: 20, coarse: false }))
+        Self::of(TripRule::Ratio(Ratio { of, limit, span, min_calls: 20, coarse: false }))
     }
 
     /// Opens the circuit after this number of failures in a row: 1 or more. A success resets the count. Throttled and
     /// cancelled calls do not change it.
     #[must_use]
     pub fn consecutive(failures: u32) -> Self {
-        Self::of(Rule::Consecutive { failures })
+        Self::of(TripRule::Consecutive { failures })
     }
 
     /// Opens the circuit when at least this share of the calls in a window has failed: above 0, at most 1.
@@ -98,7 +118,7 @@ impl Trip {
     /// which would deadlock. A panic is caught, also while the thread unwinds, and means `false`.
     #[must_use]
     pub fn when(rule: impl Fn(&CallStats) -> bool + Send + Sync + 'static) -> Self {
-        Self::of(Rule::When(Arc::new(rule)))
+        Self::of(TripRule::When(Arc::new(rule)))
     }
 
     /// Sets the window of the ratio to a duration: 10 ms or more. The window slides by a tenth of the duration.
@@ -132,7 +152,7 @@ impl Trip {
 
     fn with_ratio(mut self, change: impl Fn(&mut Ratio)) -> Self {
         for rule in &mut self.rules {
-            if let Rule::Ratio(ratio) = rule {
+            if let TripRule::Ratio(ratio) = rule {
                 change(ratio);
             }
         }
@@ -153,17 +173,17 @@ impl Trip {
     /// Returns an error for a count of zero, a ratio outside of (0, 1], a window of less than 10 ms or of no or too
     /// many calls, a minimum of calls that its window cannot hold, a slow time of zero, or an empty list of rules.
     pub fn check(&self) -> Result<(), ConfigError> {
-        const SHORTEST: Duration = Duration::from_millis(10);
+        const MIN_WINDOW: Duration = Duration::from_millis(10);
         if self.rules.is_empty() {
             return Err(ConfigError::new("trip.any", self.rules.len(), "give at least one rule"));
         }
         for rule in &self.rules {
             match *rule {
-                Rule::Consecutive { failures: 0 } => {
+                TripRule::Consecutive { failures: 0 } => {
                     return Err(ConfigError::new("trip.consecutive", 0, "use 1 or more"));
                 }
-                Rule::Consecutive { .. } | Rule::When(_) => {}
-                Rule::Ratio(Ratio { of, limit, span, min_calls, .. }) => {
+                TripRule::Consecutive { .. } | TripRule::When(_) => {}
+                TripRule::Ratio(Ratio { of, limit, span, min_calls, .. }) => {
                     let (field, slow) = match of {
                         Bad::Failed => ("trip.failure_ratio", None),
                         Bad::Slow(slow) => ("trip.slow_ratio", Some(slow)),
@@ -184,14 +204,14 @@ impl Trip {
                         return Err(ConfigError::new("trip.min_calls", 0, "use 1 or more"));
                     }
                     match span {
-                        WindowSpan::Time(window) if window < SHORTEST => {
+                        WindowSpan::Time(window) if window < MIN_WINDOW => {
                             return Err(ConfigError::new(
                                 "trip.within",
                                 window,
                                 "use 10ms or more",
                             ));
                         }
-                        WindowSpan::Calls(calls) if !(1..=MOST_CALLS).contains(&calls) => {
+                        WindowSpan::Calls(calls) if !(1..=MAX_WINDOW_CALLS).contains(&calls) => {
                             return Err(ConfigError::new("trip.over", calls, "use 1 to 1000000"));
                         }
                         WindowSpan::Calls(calls) if min_calls > calls => {
@@ -214,7 +234,7 @@ impl Default for Trip {
     }
 }
 
-impl fmt::Debug for Rule {
+impl fmt::Debug for TripRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Consecutive { failures } => write!(f, "consecutive({failures})"),
@@ -262,13 +282,13 @@ pub enum TripReason {
     /// Half-open probes failed, and the last one was slow.
     SlowProbe,
     /// Half-open probes failed, and the last one had no good response head at the end of its timeout.
-    ProbeLease,
+    ProbeTimeout,
 }
 
 impl TripReason {
     /// Returns whether half-open probes opened the circuit again.
     pub(super) const fn is_of_probes(&self) -> bool {
-        matches!(self, Self::Probe { .. } | Self::SlowProbe | Self::ProbeLease)
+        matches!(self, Self::Probe { .. } | Self::SlowProbe | Self::ProbeTimeout)
     }
 }
 
@@ -293,7 +313,7 @@ impl fmt::Display for TripReason {
             }
             Self::Probe { outcome } => write!(f, "a probe ended as {outcome:?}"),
             Self::SlowProbe => f.write_str("a probe was slow"),
-            Self::ProbeLease => f.write_str("a probe did not end in time"),
+            Self::ProbeTimeout => f.write_str("a probe did not end in time"),
         }
     }
 }

@@ -12,7 +12,7 @@ use super::{
 use crate::connect::{self, ClientBuilder, ConnectHandle, ConnectLayer};
 use crate::{
     attempt::{Backoff, RetryBudget},
-    breaker::{CircuitBreakerLayer, OpenDuration, Trip},
+    breaker::{CircuitBreakerHandle, CircuitBreakerLayer, OpenDuration, Trip},
     deadline::{DeadlineHandle, DeadlineLayer},
     error::ConfigError,
     health::{Get, HealthProbeLayer},
@@ -371,7 +371,13 @@ impl BreakerConfig {
             layer.handle().force_closed();
             return Ok(layer);
         }
-        self.apply(CircuitBreakerLayer::new(self.trip())).checked()
+        CircuitBreakerLayer::new(self.trip())
+            .open_for(self.open_duration())
+            .half_open(self.half_open)
+            .probe_timeout(self.probe_timeout)
+            .count_cancelled_after(self.count_cancelled_after)
+            .ramp(self.ramp)
+            .checked()
     }
 
     fn trip(&self) -> Trip {
@@ -395,22 +401,20 @@ impl BreakerConfig {
     /// # Errors
     ///
     /// Fails if the rules are of another kind, because they need a new layer.
-    pub(crate) fn update(&self, layer: &CircuitBreakerLayer) -> Result<(), ConfigError> {
-        drop(self.apply(layer.clone()));
-        if self.is_on() { layer.handle().set_trip(&self.trip()) } else { Ok(()) }
+    pub(crate) fn update(&self, circuit: &CircuitBreakerHandle) -> Result<(), ConfigError> {
+        circuit.set_open_for(self.open_duration())?;
+        circuit.set_half_open_of(self.half_open, self.half_open)?;
+        circuit.set_probe_timeout(self.probe_timeout)?;
+        circuit.set_count_cancelled_after(self.count_cancelled_after)?;
+        circuit.set_ramp(self.ramp);
+        if self.is_on() { circuit.set_trip(&self.trip()) } else { Ok(()) }
     }
 
-    fn apply(&self, layer: CircuitBreakerLayer) -> CircuitBreakerLayer {
-        let open_for = match self.open_for_max {
+    fn open_duration(&self) -> OpenDuration {
+        match self.open_for_max {
             Some(max) => OpenDuration::backoff(self.open_for, max),
             None => OpenDuration::fixed(self.open_for),
-        };
-        layer
-            .open_for(open_for)
-            .half_open(self.half_open)
-            .probe_timeout(self.probe_timeout)
-            .count_cancelled_after(self.count_cancelled_after)
-            .ramp(self.ramp)
+        }
     }
 }
 

@@ -7,8 +7,8 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::time::RecentLatency;
 use crate::sync::Mutex;
+use crate::time::RecentLatency;
 
 /// A percentile of the latency of recent calls.
 pub(crate) struct LatencyPercentile {

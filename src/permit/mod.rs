@@ -45,11 +45,13 @@
 //! 5. [`Release::release`] receives the token. A slot either handles it by its word, or looks up the state under its
 //!    lock, with the generation.
 //!
-//! The files explain themselves: `permit` the life of a permit, `sharded` the shards, `slot` the slots and their memory
+//! The files explain themselves: `permit` the life of a permit, `release` what a state implements,
+//! `sharded` the shards, `slot` the slots and their memory
 //! orderings, `state_ref` the two kinds of references, `body` the end of responses.
 
 mod body;
 mod permit;
+mod release;
 mod sharded;
 mod slot;
 mod state_ref;
@@ -63,6 +65,7 @@ pub(crate) use self::{
 };
 pub(crate) use self::{
     body::FromBytes,
-    permit::{Measures, Permit, Release, ReleaseAt, Token},
+    permit::Permit,
+    release::{Measures, Release, ReleaseAt, Token},
     state_ref::{ShardOrSlot, StateRef},
 };

@@ -20,7 +20,7 @@ use std::{
     thread,
 };
 
-use super::permit::Release;
+use super::release::Release;
 
 /// A state whose calls are counted in shards. Calls on threads with different shards write no common cache
 /// line. Its own clones, one per service, share one count.

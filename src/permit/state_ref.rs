@@ -15,7 +15,7 @@
 use std::{fmt, ops::Deref, sync::Arc, time::Duration};
 
 use super::{
-    permit::{Measures, Release, ReleaseAt, Token},
+    release::{Measures, Release, ReleaseAt, Token},
     sharded::ShardedRef,
 };
 use crate::outcome::{Outcome, WaitsFor};

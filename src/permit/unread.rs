@@ -14,15 +14,15 @@ thread_local! {
 /// Runs `poll` with the flag set.
 #[cold]
 pub(crate) fn during<O>(poll: impl FnOnce() -> O) -> O {
-    struct Restore(bool);
+    struct RestoreFlag(bool);
 
-    impl Drop for Restore {
+    impl Drop for RestoreFlag {
         fn drop(&mut self) {
             IS_UNREAD.set(self.0);
         }
     }
 
-    let _restore = Restore(IS_UNREAD.replace(true));
+    let _restore = RestoreFlag(IS_UNREAD.replace(true));
     poll()
 }
 

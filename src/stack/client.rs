@@ -234,7 +234,7 @@ impl ClientHandle {
         stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
         next.limit.update(&stack.limit.handle()).map_err(one)?;
         next.retry.apply(&stack.retry.handle()).map_err(one)?;
-        next.breaker.update(&stack.breaker).map_err(one)?;
+        next.breaker.update(&stack.breaker.handle()).map_err(one)?;
         #[cfg(feature = "connect")]
         if let Some(connections) = &stack.connections {
             next.connect.update(connections).map_err(one)?;

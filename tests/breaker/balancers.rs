@@ -128,7 +128,7 @@ async fn a_balancer_goes_elsewhere_and_comes_back_for_a_probe() {
         assert!(call.poll().is_ready());
     }
     assert_eq!(dead_watch.seen().calls, before + 1, "only the probe");
-    assert_eq!(dead_handle.snapshot().refused, 0);
+    assert_eq!(dead_handle.snapshot().rejected, 0);
 }
 
 // ===== Missed wake-ups and leaked reservations =====
@@ -184,7 +184,7 @@ async fn shadow_mode_wakes_who_is_held_back() {
     rig.fail().await;
     let mut held_back = Spawn::new(rig.service.clone());
     assert_pending!(held_back.poll_ready::<Request<()>>());
-    rig.handle.shadow(true);
+    rig.handle.set_shadow(true);
     assert!(held_back.is_woken());
     assert_ready_ok!(held_back.poll_ready::<Request<()>>());
 }
@@ -219,7 +219,7 @@ async fn on_a_ramp_it_is_ready_for_a_growing_share_of_the_time_and_refuses_nobod
     assert!((120..170).contains(&ready[0]) && ready[9] > 900, "{ready:?}");
     let all: usize = ready.iter().sum();
     assert!((5300..5700).contains(&all), "{all}");
-    assert_eq!(rig.handle.snapshot().refused, 0);
+    assert_eq!(rig.handle.snapshot().rejected, 0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -242,5 +242,5 @@ async fn who_is_held_back_on_a_ramp_is_woken_for_the_next_turn() {
     advance(ms(500)).await;
     rig.watch.script([Then::Answer(empty())]);
     assert_ready_ok!(task::spawn(held_back.call(request())).poll());
-    assert_eq!(rig.handle.snapshot().refused, 0);
+    assert_eq!(rig.handle.snapshot().rejected, 0);
 }

@@ -138,11 +138,12 @@ async fn bad_config_is_a_typed_error() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn setters_after_handle_are_seen() {
+async fn handle_sees_setters_that_precede_the_first_service() {
     let layer = CircuitBreakerLayer::new(Trip::consecutive(1));
     let (inner, watch) = Strict::holding();
-    let (handle, service) = (layer.handle(), layer.clone().layer(inner));
-    let _ = layer.open_for(Duration::from_secs(5)).half_open(2).name("late");
+    let handle = layer.handle();
+    let layer = layer.open_for(Duration::from_secs(5)).half_open(2).name("late");
+    let service = layer.layer(inner);
     fail(&service, &watch).await;
     assert_eq!(handle.snapshot().open_for, Some(Duration::from_secs(5)));
     let error = service.clone().oneshot(request()).await.unwrap_err();
@@ -150,6 +151,53 @@ async fn setters_after_handle_are_seen() {
     advance(Duration::from_secs(5)).await;
     let _probes = [hold(&service), hold(&service)];
     assert_eq!(handle.snapshot().probes, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn setter_after_the_first_service_does_not_change_that_service() {
+    let layer = CircuitBreakerLayer::new(Trip::consecutive(1)).open_for(WAIT).name("first");
+    let (inner, watch) = Strict::holding();
+    let (service, handle) = (layer.layer(inner), layer.handle());
+    let other = layer.clone().open_for(3 * WAIT).name("second").shadow();
+    let (inner, other_watch) = Strict::holding();
+    let other_service = other.layer(inner);
+    fail(&service, &watch).await;
+    assert_eq!((handle.state(), handle.snapshot().open_for), (CircuitState::Open, Some(WAIT)));
+    let error = service.clone().oneshot(request()).await.unwrap_err();
+    assert_eq!(Rejected::find(&*error).unwrap().name(), Some("first"));
+    assert_eq!(other.handle().state(), CircuitState::Closed, "it has a circuit of its own");
+    fail(&other_service, &other_watch).await;
+    assert_eq!(other.handle().snapshot().open_for, Some(3 * WAIT));
+    other.handle().set_shadow(false);
+    let error = other_service.clone().oneshot(request()).await.unwrap_err();
+    assert_eq!(Rejected::find(&*error).unwrap().name(), Some("second"));
+    // A conversion is no setter, so the circuit stays the same.
+    assert_eq!(layer.respond().handle().state(), CircuitState::Open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn handle_changes_the_settings_of_a_running_circuit() {
+    let layer = CircuitBreakerLayer::new(Trip::consecutive(1)).open_for(WAIT);
+    let (service, watch, handle) = closed(layer);
+    handle.set_open_for(2 * WAIT).unwrap();
+    handle.set_half_open_of(1, 2).unwrap();
+    handle.set_probe_timeout(WAIT).unwrap();
+    handle.set_half_open_queue(1, WAIT).unwrap();
+    handle.set_count_cancelled_after(None).unwrap();
+    handle.set_ramp(Duration::ZERO);
+    assert_eq!(handle.set_half_open_of(3, 2).unwrap_err().field, "half_open_of.needed");
+    assert_eq!(handle.set_half_open_of(1, 1001).unwrap_err().field, "half_open");
+    assert_eq!(handle.set_probe_timeout(Duration::ZERO).unwrap_err().field, "probe_timeout");
+    fail(&service, &watch).await;
+    assert_eq!(handle.snapshot().open_for, Some(2 * WAIT));
+    advance(2 * WAIT).await;
+    assert_eq!(
+        handle.snapshot().half_open.map(|progress| (progress.needed, progress.total)),
+        Some((1, 2))
+    );
+    handle.set_external_probes(true);
+    let mut queued = task::spawn(service.clone().oneshot(request()));
+    assert_pending!(queued.poll(), "the call waits for the verdict");
 }
 
 // ===== Opening =====
@@ -229,7 +277,7 @@ async fn opens_at_the_nth_failure_in_a_row() {
     let error = service.clone().oneshot(request()).await.unwrap_err();
     let told = Rejected::find(&*error).unwrap().retry_after().unwrap();
     assert_eq!(told, Duration::from_secs(20));
-    assert_eq!((handle.snapshot().refused, watch.seen().calls), (2, 6));
+    assert_eq!((handle.snapshot().rejected, watch.seen().calls), (2, 6));
 }
 
 #[tokio::test(start_paused = true)]
@@ -631,7 +679,7 @@ async fn a_probe_that_never_ends_is_decided_by_its_head() {
     let mut probe = hold(&service);
     advance(lease).await;
     assert_eq!(refused(&service).await, RejectedKind::Open);
-    assert_eq!(handle.snapshot().last_trip, Some(TripReason::ProbeLease));
+    assert_eq!(handle.snapshot().last_trip, Some(TripReason::ProbeTimeout));
     assert!(watch.end(1, Ok(empty())));
     assert_ready_ok!(probe.poll());
     assert_eq!((handle.state(), handle.snapshot().probes), (CircuitState::Open, 0));

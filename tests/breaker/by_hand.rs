@@ -59,7 +59,7 @@ async fn shadow_mode_refuses_nobody_and_counts_whom_it_would_have() {
         rig.fail().await;
     }
     let seen = rig.handle.snapshot();
-    assert_eq!((seen.opened, seen.shadowed, seen.refused), (1, 3, 0));
+    assert_eq!((seen.opened, seen.shadowed, seen.rejected), (1, 3, 0));
     assert_eq!(seen.open_for, Some(WAIT), "calls that would have been rejected are not counted");
     // Half-open probes decide as usual. The calls beside them decide nothing.
     advance(WAIT).await;
@@ -73,7 +73,7 @@ async fn shadow_mode_refuses_nobody_and_counts_whom_it_would_have() {
 
     rig.handle.force_open();
     rig.ok().await;
-    rig.handle.shadow(false);
+    rig.handle.set_shadow(false);
     assert_eq!(rig.refused().await, RejectedKind::ForcedOpen);
 }
 

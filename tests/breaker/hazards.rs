@@ -55,7 +55,7 @@ async fn a_lease_ends_without_traffic() {
     assert_ready_eq!(changed.poll(), CircuitState::Open);
     let seen = rig.handle.snapshot();
     assert_eq!((seen.state, seen.open_for, seen.opened), (CircuitState::Open, Some(WAIT), 2));
-    assert_eq!(seen.last_trip, Some(TripReason::ProbeLease));
+    assert_eq!(seen.last_trip, Some(TripReason::ProbeTimeout));
 }
 
 /// A probe timeout that is observed late takes effect at the time at which it expired.
@@ -161,7 +161,7 @@ async fn fewer_probes_than_have_been_do_not_wedge() {
     for _ in 0..3 {
         rig.fail().await;
     }
-    let _ = rig.layer.clone().half_open(2);
+    rig.handle.set_half_open_of(2, 2).unwrap();
     assert_eq!(rig.refused().await, RejectedKind::Open);
     advance(WAIT).await;
     for _ in 0..2 {
@@ -271,7 +271,7 @@ async fn a_key_takes_all_settings_along() {
 #[tokio::test(start_paused = true)]
 async fn a_circuit_that_remembers_its_trips_is_not_evicted() {
     for layer in [
-        touchy().open_for(OpenDuration::backoff(WAIT, secs(600)).calm_after(secs(60))),
+        touchy().open_for(OpenDuration::backoff(WAIT, secs(600)).reset_after(secs(60))),
         touchy().ramp(secs(60)),
     ] {
         let layer = layer.per_origin().max_keys(1);

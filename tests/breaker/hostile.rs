@@ -136,7 +136,7 @@ async fn the_largest_settings_are_no_trouble() {
     ]);
     let wait = OpenDuration::backoff(MOST, MOST).factor(f64::MAX).jitter(1.0);
     let layer = CircuitBreakerLayer::new(trip)
-        .open_for(wait.follow_retry_after(MOST).calm_after(MOST))
+        .open_for(wait.follow_retry_after(MOST).reset_after(MOST))
         .half_open(1000)
         .probe_timeout(MOST)
         .half_open_queue(u32::MAX, MOST)
@@ -177,7 +177,7 @@ async fn an_open_circuit_over_a_service_that_is_never_ready_answers_at_once() {
             let mut call = rig.ask();
             assert!(call.poll().is_ready());
         }
-        assert_eq!((rig.watch.seen().polls, rig.handle.snapshot().refused), (polls, 5000));
+        assert_eq!((rig.watch.seen().polls, rig.handle.snapshot().rejected), (polls, 5000));
         // In half-open, the probe waits for the service. The change to another state ends the wait.
         advance(WAIT).await;
         let mut probe = rig.ask();
@@ -240,7 +240,7 @@ async fn a_snapshot_of_other_rules_does_no_harm() {
                         to.ok().await;
                     }
                     CircuitState::ForcedOpen | CircuitState::ForcedClosed => to.handle.reset(),
-                    CircuitState::Closed | CircuitState::Open => to.ok().await,
+                    _ => to.ok().await,
                 }
                 assert_eq!(to.state(), CircuitState::Closed);
             }

@@ -53,7 +53,7 @@ async fn one_origin_down_is_no_matter_of_the_others() {
         .into_iter()
         .find(|(_, circuit)| circuit.state() == CircuitState::Open)
         .unwrap();
-    assert_eq!((key.to_string().as_str(), circuit.snapshot().refused), ("http://a", 2));
+    assert_eq!((key.to_string().as_str(), circuit.snapshot().rejected), ("http://a", 2));
     // `get` returns the handle of one key.
     handle.get(&key).unwrap().reset();
     assert!(ask(&service, &watch, "http://a/", true).await);

@@ -219,7 +219,7 @@ async fn circuits_changed_by_their_handle_are_not_evicted() {
             None
         },
         |handle| {
-            handle.shadow(true);
+            handle.set_shadow(true);
             None
         },
         |handle| Some(handle.isolate()),

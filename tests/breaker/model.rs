@@ -98,7 +98,7 @@ impl Config {
             false => OpenDuration::fixed(ms(self.open_ms)),
             true => OpenDuration::backoff(ms(self.open_ms), ms(self.open_ms * 4)).jitter(0.0),
         };
-        wait.calm_after(ms(CALM))
+        wait.reset_after(ms(CALM))
     }
 
     pub fn layer(&self) -> CircuitBreakerLayer {
@@ -332,7 +332,6 @@ impl Model {
         let goes = match state {
             CircuitState::Closed if ramping => return Goes::Perhaps(self.stay),
             CircuitState::Closed | CircuitState::ForcedClosed => true,
-            CircuitState::Open | CircuitState::ForcedOpen => false,
             CircuitState::HalfOpen => {
                 let taken = usize::from(self.passed + self.failed) + self.probes.len();
                 let goes = !self.config.outside && taken < usize::from(self.config.probes);
@@ -341,6 +340,7 @@ impl Model {
                 }
                 goes
             }
+            _ => false,
         };
         match goes {
             true => Goes::In(self.stay),
@@ -375,7 +375,7 @@ impl Model {
                 self.probes.remove(at);
                 self.probed(end, took);
             }
-            CircuitState::Open | CircuitState::ForcedOpen | CircuitState::ForcedClosed => {}
+            _ => {}
         }
     }
 

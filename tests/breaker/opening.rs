@@ -278,7 +278,7 @@ fn rules_that_cannot_work_are_typed_errors() {
         assert_eq!(fault.field, field);
     }
     let fault = touchy().half_open_queue(1, secs(0)).checked().unwrap_err();
-    assert_eq!(fault.field, "wait_for_verdict.longest");
+    assert_eq!(fault.field, "half_open_queue.max_wait");
     assert_eq!(touchy().per_origin().max_keys(0).checked().unwrap_err().field, "max_keys");
     assert_eq!(touchy().backpressure().per_origin().checked().unwrap_err().field, "backpressure");
 }

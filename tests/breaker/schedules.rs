@@ -258,7 +258,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
                 model.told(end);
             }
             Step::Shadow(on) => {
-                handle.shadow(on);
+                handle.set_shadow(on);
                 model.shadow = on;
             }
             Step::Take => taken = Some((handle.snapshot(), model.take())),
@@ -288,7 +288,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
             prop_assert_eq!(progress, expected);
         }
         prop_assert_eq!((seen.opened, seen.isolations), (model.opened, model.isolations));
-        prop_assert_eq!((seen.refused, seen.shadowed), (model.refused, model.shadowed));
+        prop_assert_eq!((seen.rejected, seen.shadowed), (model.refused, model.shadowed));
         if seen.state == CircuitState::Closed {
             prop_assert_eq!(seen.seen.consecutive_failures, model.run);
             let seen = [seen.seen.window_calls, seen.seen.window_failures, seen.seen.window_slow];
@@ -299,7 +299,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
     // After any schedule: no slot is lost, and good probes close the circuit.
     calls.clear();
     isolations.clear();
-    handle.shadow(false);
+    handle.set_shadow(false);
     prop_assert_eq!((handle.snapshot().probes, watch.seen().in_flight), (0, 0));
     if matches!(handle.state(), CircuitState::ForcedOpen | CircuitState::ForcedClosed) {
         handle.reset();

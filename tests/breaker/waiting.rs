@@ -31,12 +31,12 @@ async fn a_fixed_wait_is_the_same_each_time() {
 
 #[tokio::test(start_paused = true)]
 async fn backing_off_doubles_up_to_the_maximum_and_begins_anew_after_a_calm() {
-    let wait = OpenDuration::backoff(secs(1), secs(5)).jitter(0.0).calm_after(secs(10));
+    let wait = OpenDuration::backoff(secs(1), secs(5)).jitter(0.0).reset_after(secs(10));
     let rig = Rig::new(touchy().open_for(wait));
     assert_eq!(rig.waits(4).await, [1000, 2000, 4000, 5000]);
     rig.ok().await;
     advance(secs(10) - ms(1)).await;
-    assert_eq!(rig.waits(1).await, [5000], "closed for less than calm_after");
+    assert_eq!(rig.waits(1).await, [5000], "closed for less than reset_after");
     rig.ok().await;
     advance(secs(10)).await;
     assert_eq!(rig.waits(2).await, [1000, 2000]);
@@ -204,7 +204,7 @@ async fn who_waits_takes_the_slot_of_a_cancelled_probe() {
 async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
     for shadow in [false, true] {
         let rig = Rig::new(touchy().name("search"));
-        rig.handle.shadow(shadow);
+        rig.handle.set_shadow(shadow);
         rig.watch.set_ready(false);
         let mut due = request();
         due.extensions_mut().insert(Deadline::after(ms(300)));
@@ -220,6 +220,6 @@ async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
             let told = buttress::Rejected::find(&*told).unwrap();
             assert_eq!((told.kind(), told.name()), (RejectedKind::DeadlinePassed, Some("search")));
         }
-        assert_eq!(rig.handle.snapshot().refused, u64::from(!shadow));
+        assert_eq!(rig.handle.snapshot().rejected, u64::from(!shadow));
     }
 }

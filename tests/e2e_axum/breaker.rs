@@ -33,7 +33,7 @@ async fn a_handler_that_always_answers_500_opens_the_breaker() {
         }
         assert_eq!(statuses, [500, 500, 500, 503, 503]);
         assert_eq!(hits.load(Ordering::SeqCst), 3);
-        assert_eq!((state.state(), state.snapshot().refused), (CircuitState::Open, 2));
+        assert_eq!((state.state(), state.snapshot().rejected), (CircuitState::Open, 2));
     }
 }
 
@@ -124,7 +124,7 @@ async fn an_open_breaker_refuses_many_callers_at_once_and_nobody_hangs() {
     for answer in answers(&mut send_all(addr, repeat_n("/a", 200)), 200).await {
         assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
     }
-    assert_eq!(state.snapshot().refused, 200);
+    assert_eq!(state.snapshot().rejected, 200);
 }
 
 // ===== Panics =====

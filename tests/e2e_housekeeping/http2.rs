@@ -70,7 +70,7 @@ async fn the_end_of_a_stream_decides_whether_it_is_retried() {
                 let breaker = opens_at_first_failure();
                 let (circuit, budget) = (breaker.handle(), RetryBudget::with(1.0, 0, 9));
                 // A circuit that opens would end the retries.
-                circuit.shadow(true);
+                circuit.set_shadow(true);
                 let client = stack(&budget, breaker, kind.http2());
                 soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
                 let result = soon(client.oneshot(request(method.clone(), peer.addr))).await;

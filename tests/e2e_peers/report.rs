@@ -90,7 +90,7 @@ impl Report {
     pub fn assert_all_good(&self, calls: usize, circuits: &[CircuitBreakerHandle]) {
         let snapshots = circuits.iter().map(CircuitBreakerHandle::snapshot);
         let (opened, refused) = snapshots.fold((0, 0), |(opened, refused), circuit| {
-            (opened + circuit.opened, refused + circuit.refused)
+            (opened + circuit.opened, refused + circuit.rejected)
         });
         let are_closed = circuits.iter().all(|circuit| circuit.state() == CircuitState::Closed);
         let counters = self.counters();

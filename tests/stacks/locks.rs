@@ -193,7 +193,7 @@ fn event_subscriber_may_use_every_handle() {
             let _ = (handle.state(), handle.snapshot(), format!("{handle:?}"));
             handle.set_trip(&Trip::consecutive(1)).unwrap();
             handle.set_open_for(secs(1)).unwrap();
-            handle.shadow(false);
+            handle.set_shadow(false);
             drop(handle.isolate());
         });
         let failing = Arc::new(AtomicBool::new(true));

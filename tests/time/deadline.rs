@@ -638,7 +638,7 @@ async fn a_circuit_makes_no_probe_of_what_is_late_nor_lets_it_wait() {
     let waited = service.oneshot(within(secs(5))).await;
     assert_eq!(refused_as(waited.map(drop)), RejectedKind::DeadlinePassed);
     assert_eq!((start.elapsed(), watch.seen().calls), (secs(5), 1));
-    assert_eq!(circuit.snapshot().refused, 2);
+    assert_eq!(circuit.snapshot().rejected, 2);
     probe.abort();
 }
 

@@ -58,7 +58,7 @@ impl Guards {
     /// Returns the number of calls that a layer rejected.
     pub fn refused(&self) -> u64 {
         let limit = self.limit.snapshot();
-        self.breaker.snapshot().refused
+        self.breaker.snapshot().rejected
             + limit.rejected_full
             + limit.rejected_waited
             + self.probe.snapshot().rejected

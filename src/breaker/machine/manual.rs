@@ -7,24 +7,11 @@ use super::super::{
     trip::Trip,
 };
 use super::{
-    Machine, MachinePhase,
+    Machine, MachinePhase, SavedState,
     probes::Probes,
-    stats::{CallCounts, TimeWindows, Windows},
+    stats::{CallCounts, TimeWindows},
 };
 use crate::time::{Nanos, nanos};
-
-/// The part of a snapshot that another circuit restores.
-#[derive(Clone, Debug, PartialEq)]
-pub(in super::super) struct Past {
-    /// The state beneath all isolations.
-    state: CircuitState,
-    /// The rest of the open time. Zero unless the circuit is open.
-    left: Duration,
-    restless: u32,
-    run: u32,
-    has_responded: bool,
-    windows: Windows,
-}
 
 impl Machine {
     /// Sets the state. Clears the counts, except for half-open.
@@ -36,10 +23,10 @@ impl Machine {
     ) -> Transition {
         if to != CircuitState::HalfOpen {
             self.counts.clear(times);
-            self.restless = 0;
+            self.trips_in_row = 0;
         }
         self.last_event = now;
-        self.enter(phase(to, Duration::ZERO, now), None)
+        self.transition_to(phase(to, Duration::ZERO, now), None)
     }
 
     /// Adds or removes an isolation, which holds the circuit open. The state beneath it continues to change.
@@ -51,31 +38,31 @@ impl Machine {
     }
 
     /// Returns the part of a snapshot that another circuit restores.
-    pub(in super::super) fn past(&self, now: Nanos, times: &TimeWindows) -> Past {
+    pub(in super::super) fn saved_state(&self, now: Nanos, times: &TimeWindows) -> SavedState {
         let left = match self.phase {
             MachinePhase::Open { until } => Duration::from_nanos(until.saturating_sub(now)),
             _ => Duration::ZERO,
         };
-        let (run, windows) = self.counts.past(now, times);
+        let (run, windows) = self.counts.saved(now, times);
         let (state, has_responded) = (self.beneath(), self.counts.has_responded());
-        Past { state, left, restless: self.restless, run, has_responded, windows }
+        SavedState { state, left, trips_in_row: self.trips_in_row, run, has_responded, windows }
     }
 
     /// Replaces the state and the counts by those of another circuit.
     pub(in super::super) fn restore(
         &mut self,
-        past: &Past,
+        saved: &SavedState,
         now: Nanos,
         times: &TimeWindows,
     ) -> Transition {
-        self.counts.restore(past.run, &past.windows, now, times);
-        if past.has_responded {
+        self.counts.restore(saved.run, &saved.windows, now, times);
+        if saved.has_responded {
             self.counts.set_responded();
         }
-        self.restless = past.restless;
+        self.trips_in_row = saved.trips_in_row;
         self.last_event = now;
-        self.open_time = self.open_time.max(nanos(past.left));
-        self.enter(phase(past.state, past.left, now), None)
+        self.open_time = self.open_time.max(nanos(saved.left));
+        self.transition_to(phase(saved.state, saved.left, now), None)
     }
 
     /// Sets new thresholds of the same rules, and keeps the counts. Returns `false` if they are other rules.

@@ -1,10 +1,10 @@
 //! The state machine of a circuit. It is synchronous, and time and random numbers are arguments.
 //!
-//! `rule` contains the transitions by calls and by time, `by_hand` those by the handle, and `view` the queries.
+//! `transitions` contains the transitions by calls and by time, `manual` those by the handle, and `view` the queries.
 //!
 //! # Invariants
 //!
-//! - Each transition goes through [`Machine::enter`], which increments the generation. The admission of a probe
+//! - Each transition goes through [`Machine::transition_to`], which increments the generation. The admission of a probe
 //!   increments it, too. So an outcome with an older generation is late and changes nothing.
 //! - The operations for calls and probes first make the changes that are due by time ([`Machine::pass_time`]). Queries
 //!   require this, unless they state otherwise.
@@ -20,19 +20,42 @@ mod transitions;
 mod view;
 mod window;
 
-pub use self::stats::CallStats;
-use std::mem;
+use std::{mem, time::Duration};
 
 pub(super) use self::{
-    manual::Past,
     probes::{MAX_CHANGES, ProbeReport, Probes},
-    stats::{CallCounts, Ended, TimeWindows, WindowSpan},
+    stats::{CallCounts, Ended, TimeWindows, Windows},
 };
 use super::{
-    state::{CircuitSettings, Transition},
+    state::{CircuitSettings, CircuitState, Transition},
     trip::{Trip, TripReason},
 };
 use crate::time::{Nanos, nanos};
+
+/// A function that draws a random number from [0, 1).
+pub(super) type Rng = fn() -> f64;
+
+/// The context of an operation on the machine: the time, a source of random numbers, and the time windows, which are
+/// not part of the machine.
+#[derive(Clone, Copy)]
+pub(super) struct At<'a> {
+    pub(super) now: Nanos,
+    pub(super) rng: Rng,
+    pub(super) times: &'a TimeWindows,
+}
+
+/// The part of a snapshot that another circuit restores.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct SavedState {
+    /// The state beneath all isolations.
+    state: CircuitState,
+    /// The rest of the open time. Zero unless the circuit is open.
+    left: Duration,
+    trips_in_row: u32,
+    run: u32,
+    has_responded: bool,
+    windows: Windows,
+}
 
 #[derive(Debug)]
 pub(super) struct Machine {
@@ -45,8 +68,8 @@ pub(super) struct Machine {
     /// The number of isolations that hold the circuit open.
     isolations: u32,
     opened: u64,
-    /// The number of trips since the circuit was last calm.
-    restless: u32,
+    /// The number of trips since the last ones were forgotten.
+    trips_in_row: u32,
     last: Option<TripReason>,
     /// The index of the rule that caused the last trip. `None` if half-open probes caused it.
     last_rule: Option<usize>,
@@ -89,7 +112,7 @@ impl Machine {
             generation,
             isolations: 0,
             opened: 0,
-            restless: 0,
+            trips_in_row: 0,
             last: None,
             last_rule: None,
             ended: None,
@@ -100,12 +123,13 @@ impl Machine {
     }
 
     /// Returns whether the circuit has been closed for so long that its earlier trips no longer extend the open time.
-    fn is_calm(&self, now: Nanos) -> bool {
+    fn has_recovered(&self, now: Nanos) -> bool {
         let MachinePhase::Closed { since, .. } = self.phase else { return false };
-        self.restless == 0 || now.saturating_sub(since) >= nanos(self.settings.open_for.calm())
+        self.trips_in_row == 0
+            || now.saturating_sub(since) >= nanos(self.settings.open_for.reset_time())
     }
 
-    fn enter(&mut self, phase: MachinePhase, tripped: Option<TripReason>) -> Transition {
+    fn transition_to(&mut self, phase: MachinePhase, tripped: Option<TripReason>) -> Transition {
         self.generation += 1;
         let (from, progress) = (self.state(), self.half_open_progress());
         if let MachinePhase::HalfOpen(probes) = mem::replace(&mut self.phase, phase) {

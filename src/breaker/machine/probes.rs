@@ -32,7 +32,7 @@
 //!
 //! # Invariants
 //!
-//! - `by_time` has one entry for each probe in flight with a [next change](Probe::next_change), and no other entry.
+//! - `by_time` has one entry for each probe in flight with a [next change](ProbeRecord::next_change), and no other entry.
 //! - `released` has the generations of the probes in flight whose slot is [released](ProbeSlot::Released), and no
 //!   other.
 //! - All writes go through [`Probes::put`] and [`Probes::remove`], which maintain both indices.
@@ -60,7 +60,7 @@ pub(crate) struct Probes {
     /// The reason of the last failure, with the hint of the upstream.
     failure: Option<(TripReason, Option<Duration>)>,
     /// The probes in flight, by generation. No other call of this circuit ever has the generation of a probe.
-    in_flight: BTreeMap<u64, Probe>,
+    in_flight: BTreeMap<u64, ProbeRecord>,
     /// The times at which probes change without a report.
     by_time: BTreeSet<(Nanos, u64)>,
     /// The probes that have released their slots. The others hold one.
@@ -68,7 +68,7 @@ pub(crate) struct Probes {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Probe {
+struct ProbeRecord {
     slot: ProbeSlot,
     wait: ProbeWait,
     /// Whether the response head was good. `None` before the head.
@@ -109,7 +109,7 @@ impl ProbeWait {
     }
 }
 
-impl Probe {
+impl ProbeRecord {
     /// The time of the next change without a report: the end of the timeout, or the release of the slot.
     fn next_change(&self) -> Option<Nanos> {
         match (self.wait.ends(), self.slot) {
@@ -149,7 +149,7 @@ pub(crate) enum ProbeVerdict {
 
 impl Probes {
     /// Returns the number of probes in flight.
-    pub(crate) fn under_way(&self) -> usize {
+    pub(crate) fn count_in_flight(&self) -> usize {
         self.in_flight.len()
     }
 
@@ -157,7 +157,7 @@ impl Probes {
     pub(crate) fn has_room(&self, settings: &CircuitSettings) -> bool {
         let decided = usize::from(self.passed) + usize::from(self.failed);
         let held = self.in_flight.len() - self.released.len();
-        !settings.outside_probes && decided + held < usize::from(settings.probes)
+        !settings.external_probes && decided + held < usize::from(settings.probes)
     }
 
     /// Begins a probe. Requires [`has_room`](Self::has_room).
@@ -173,17 +173,17 @@ impl Probes {
                 self.remove(oldest);
             }
         }
-        let ends = now.saturating_add(nanos(settings.lease));
+        let ends = now.saturating_add(nanos(settings.probe_timeout));
         let (slot, wait) = match is_unsent {
             // The body has not been polled, so the call may still wait for a permit or a connection.
             true => (ProbeSlot::HeldUntil(ends), ProbeWait::InClient { ends }),
             false => (ProbeSlot::Held, ProbeWait::AtUpstream { ends }),
         };
-        self.put(generation, Probe { slot, wait, head: None });
+        self.put(generation, ProbeRecord { slot, wait, head: None });
     }
 
     /// Inserts or replaces a probe, and updates the indices.
-    fn put(&mut self, generation: u64, probe: Probe) {
+    fn put(&mut self, generation: u64, probe: ProbeRecord) {
         let before = self.in_flight.insert(generation, probe);
         let (before, next) = (before.and_then(|before| before.next_change()), probe.next_change());
         if before != next {
@@ -200,7 +200,7 @@ impl Probes {
         };
     }
 
-    fn remove(&mut self, generation: u64) -> Option<Probe> {
+    fn remove(&mut self, generation: u64) -> Option<ProbeRecord> {
         let probe = self.in_flight.remove(&generation)?;
         if let Some(at) = probe.next_change() {
             self.by_time.remove(&(at, generation));
@@ -217,7 +217,7 @@ impl Probes {
         settings: &CircuitSettings,
     ) -> bool {
         let Some(mut probe) = self.in_flight.get(&generation).copied() else { return false };
-        let ends = report.since.saturating_add(nanos(settings.lease));
+        let ends = report.since.saturating_add(nanos(settings.probe_timeout));
         let unchanged = probe.wait.ends().unwrap_or(ends);
         let before = probe.slot;
         match (report.what, probe.head) {
@@ -253,9 +253,9 @@ impl Probes {
         self.in_flight.contains_key(&generation)
     }
 
-    pub(crate) fn head(&mut self, generation: u64, good: bool) {
+    pub(crate) fn record_head(&mut self, generation: u64, good: bool) {
         if let Some(probe) = self.in_flight.get(&generation).copied() {
-            self.put(generation, Probe { head: Some(good), slot: ProbeSlot::Held, ..probe });
+            self.put(generation, ProbeRecord { head: Some(good), slot: ProbeSlot::Held, ..probe });
         }
     }
 
@@ -295,11 +295,11 @@ impl Probes {
         match (probe.head, probe.wait) {
             (Some(true), _) => self.pass(),
             _ if !is_over => {
-                self.put(generation, Probe { slot: ProbeSlot::Released, ..probe });
+                self.put(generation, ProbeRecord { slot: ProbeSlot::Released, ..probe });
                 return Some(due);
             }
             (None, ProbeWait::AtUpstream { .. }) | (Some(false), _) => {
-                self.fail(TripReason::ProbeLease, None);
+                self.fail(TripReason::ProbeTimeout, None);
             }
             _ => {}
         }
@@ -331,11 +331,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::{
-        super::{
-            state::{At, CircuitState},
-            trip::Trip,
-        },
-        Machine,
+        super::{state::CircuitState, trip::Trip},
+        At, Machine,
     };
     use super::*;
 
@@ -362,7 +359,7 @@ mod tests {
         fn indices_match_the_probes_after_any_operations(
             steps in prop::collection::vec((0u8..6, 0u64..40, 0u8..4, any::<bool>()), 1..300),
         ) {
-            let settings = CircuitSettings { lease: Duration::from_nanos(50), probes: 3, ..SETTINGS };
+            let settings = CircuitSettings { probe_timeout: Duration::from_nanos(50), probes: 3, ..SETTINGS };
             let (mut probes, mut now, mut last) = (Probes::default(), 0, 0_u64);
             for (step, number, what, flag) in steps {
                 // The last probes, and some that do not exist.
@@ -382,7 +379,7 @@ mod tests {
                         let report = ProbeReport { what, since: now, is_sent: flag };
                         probes.record_report(probe, report, &settings);
                     }
-                    2 => probes.head(probe, flag),
+                    2 => probes.record_head(probe, flag),
                     3 => drop(probes.end(probe)),
                     4 => now += number * 3_000_000,
                     _ => while probes.pass_time(now).is_some() {
@@ -397,21 +394,21 @@ mod tests {
     #[test]
     fn time_changes_at_most_64_probes_per_lock_hold() {
         let (mut machine, times) = Machine::new(Trip::consecutive(1), SETTINGS, 1);
-        let at = |now| At { now, roll: || 0.5, times: &times };
+        let at = |now| At { now, rng: || 0.5, times: &times };
         machine.force(CircuitState::HalfOpen, 0, &times);
         for _ in 0..1000 {
-            assert!(machine.admit(true, at(0)).0.is_ok_and(|ticket| ticket.probe));
+            assert!(machine.admit(true, at(0)).0.is_ok_and(|token| token.is_probe));
         }
-        let late = at(nanos(SETTINGS.lease));
+        let late = at(nanos(SETTINGS.probe_timeout));
         let mut holds = 0;
         while machine.is_far_behind(late.now) {
-            let before = machine.probes_under_way();
+            let before = machine.probes_in_flight();
             machine.pass_some_time(late);
-            assert_eq!(before - machine.probes_under_way(), MAX_CHANGES);
+            assert_eq!(before - machine.probes_in_flight(), MAX_CHANGES);
             holds += 1;
         }
-        assert_eq!((holds, machine.probes_under_way()), (15, 40));
+        assert_eq!((holds, machine.probes_in_flight()), (15, 40));
         machine.pass_time(late);
-        assert_eq!(machine.probes_under_way(), 0);
+        assert_eq!(machine.probes_in_flight(), 0);
     }
 }

@@ -1,35 +1,14 @@
 //! The counts on which the rules of a [`Trip`] decide: the run of failures and the windows since the circuit closed.
 
-use std::{fmt, mem, sync::Arc, time::Duration};
+use std::{fmt, mem, sync::Arc};
 
-use super::super::trip::{Bad, Closure, Ratio, Rule, Trip, TripReason};
+use super::super::trip::{Bad, CallStats, Closure, Ratio, Trip, TripReason, TripRule, WindowSpan};
 use super::window::{CountWindow, Tally, TimeWindow};
 use crate::{
     outcome::{Outcome, OutcomeKind, Reason},
     time::{Nanos, nanos},
     user_code::catch_panic,
 };
-
-/// The extent of a ratio's window.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum WindowSpan {
-    Time(Duration),
-    Calls(u32),
-}
-
-/// The counts of a circuit since it closed, as the argument of [`Trip::when`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct CallStats {
-    /// The number of consecutive failures.
-    pub consecutive_failures: u32,
-    /// The maximum number of calls in any window of the ratio rules.
-    pub window_calls: u64,
-    /// The maximum number of failures in the window of any [failure ratio](Trip::failure_ratio).
-    pub window_failures: u64,
-    /// The maximum number of slow calls in the window of any [slow ratio](Trip::slow_ratio).
-    pub window_slow: u64,
-}
 
 /// The end of a call, as the rules count it.
 #[derive(Clone, Copy, Debug)]
@@ -71,25 +50,25 @@ pub(crate) struct CallCounts {
     /// The time at which the excess rose above 0, and the time of the last housekeeping outcome.
     housekeeping_since: Nanos,
     housekeeping_last: Nanos,
-    rules: Vec<Counted>,
+    rules: Vec<RuleCounts>,
     /// The minimum of the durations that the rules call slow. `None`: no rule measures calls.
     slow_from: Option<Nanos>,
     quiet_period: Nanos,
 }
 
-enum Counted {
+enum RuleCounts {
     Consecutive { limit: u32 },
-    Ratio { of: Bad, limit: f64, min_calls: u32, window: Window },
+    Ratio { of: Bad, limit: f64, min_calls: u32, window: RatioWindow },
     When(Arc<Closure>),
 }
 
-enum Window {
+enum RatioWindow {
     Calls(CountWindow),
     /// The index among the [`TimeWindows`].
     Time(usize),
 }
 
-impl Window {
+impl RatioWindow {
     fn record(&mut self, bad: bool, now: Nanos, times: &TimeWindows) {
         match self {
             Self::Calls(window) => window.record(bad),
@@ -114,22 +93,22 @@ impl CallCounts {
             .rules
             .iter()
             .map(|rule| match rule {
-                Rule::Consecutive { failures } => Counted::Consecutive { limit: *failures },
-                Rule::When(rule) => Counted::When(rule.clone()),
-                Rule::Ratio(Ratio { of, limit, span, min_calls, coarse }) => {
+                TripRule::Consecutive { failures } => RuleCounts::Consecutive { limit: *failures },
+                TripRule::When(rule) => RuleCounts::When(rule.clone()),
+                TripRule::Ratio(Ratio { of, limit, span, min_calls, coarse }) => {
                     if let Bad::Slow(slow) = of {
                         let slow = nanos(*slow);
                         slow_from = Some(slow_from.map_or(slow, |least: Nanos| least.min(slow)));
                     }
                     let window = match span {
-                        WindowSpan::Calls(calls) => Window::Calls(CountWindow::new(*calls)),
+                        WindowSpan::Calls(calls) => RatioWindow::Calls(CountWindow::new(*calls)),
                         WindowSpan::Time(length) => {
                             quiet_period = quiet_period.max(nanos(*length));
                             times.push(TimeWindow::new(*length, *coarse));
-                            Window::Time(times.len() - 1)
+                            RatioWindow::Time(times.len() - 1)
                         }
                     };
-                    Counted::Ratio { of: *of, limit: *limit, min_calls: *min_calls, window }
+                    RuleCounts::Ratio { of: *of, limit: *limit, min_calls: *min_calls, window }
                 }
             })
             .collect();
@@ -207,7 +186,7 @@ impl CallCounts {
             self.run = if failed { self.run.saturating_add(1) } else { 0 };
         }
         for rule in &mut self.rules {
-            let Counted::Ratio { of, window, .. } = rule else { continue };
+            let RuleCounts::Ratio { of, window, .. } = rule else { continue };
             match of {
                 Bad::Slow(slow) => {
                     let slow = ended.took >= nanos(*slow);
@@ -232,22 +211,22 @@ impl CallCounts {
 
     fn tripped(
         &self,
-        rule: &Counted,
+        rule: &RuleCounts,
         failed: bool,
         took: Nanos,
         now: Nanos,
         times: &TimeWindows,
     ) -> Option<TripReason> {
         match rule {
-            Counted::Consecutive { limit } => (failed && self.run >= *limit)
+            RuleCounts::Consecutive { limit } => (failed && self.run >= *limit)
                 .then_some(TripReason::Consecutive { failures: self.run }),
-            Counted::When(rule) => {
-                let seen = self.seen(now, times);
+            RuleCounts::When(rule) => {
+                let seen = self.call_stats(now, times);
                 // A panic must not reach the call that ended, because its thread may already unwind.
-                let says = catch_panic(|| rule(&seen)).unwrap_or(false);
-                says.then_some(TripReason::When { seen })
+                let trips = catch_panic(|| rule(&seen)).unwrap_or(false);
+                trips.then_some(TripReason::When { seen })
             }
-            Counted::Ratio { of, limit, min_calls, window } => {
+            RuleCounts::Ratio { of, limit, min_calls, window } => {
                 let Tally { calls, bad } = window.tally(now, times);
                 let asked = match of {
                     Bad::Failed => failed,
@@ -278,7 +257,7 @@ impl CallCounts {
             && self.has_responded
             && self.housekeeping == 0
             && self.rules.iter().all(|rule| match rule {
-                Counted::Ratio { window: Window::Calls(window), .. } => window.is_clean(),
+                RuleCounts::Ratio { window: RatioWindow::Calls(window), .. } => window.is_clean(),
                 _ => true,
             })
     }
@@ -286,7 +265,7 @@ impl CallCounts {
     pub(crate) fn clear(&mut self, times: &TimeWindows) {
         (self.run, self.housekeeping) = (0, 0);
         for rule in &mut self.rules {
-            if let Counted::Ratio { window: Window::Calls(window), .. } = rule {
+            if let RuleCounts::Ratio { window: RatioWindow::Calls(window), .. } = rule {
                 window.clear();
             }
         }
@@ -295,10 +274,10 @@ impl CallCounts {
         }
     }
 
-    pub(crate) fn seen(&self, now: Nanos, times: &TimeWindows) -> CallStats {
+    pub(crate) fn call_stats(&self, now: Nanos, times: &TimeWindows) -> CallStats {
         let mut seen = CallStats { consecutive_failures: self.run, ..CallStats::default() };
         for rule in &self.rules {
-            let Counted::Ratio { of, window, .. } = rule else { continue };
+            let RuleCounts::Ratio { of, window, .. } = rule else { continue };
             let tally = window.tally(now, times);
             seen.window_calls = seen.window_calls.max(tally.calls);
             let bad = match of {
@@ -320,9 +299,9 @@ impl CallCounts {
     }
 
     /// Returns the run of failures and the windows, to be restored in another circuit.
-    pub(crate) fn past(&self, now: Nanos, times: &TimeWindows) -> (u32, Windows) {
+    pub(crate) fn saved(&self, now: Nanos, times: &TimeWindows) -> (u32, Windows) {
         let windows = self.rules.iter().filter_map(|rule| match rule {
-            Counted::Ratio { window, .. } => Some(window.tally(now, times)),
+            RuleCounts::Ratio { window, .. } => Some(window.tally(now, times)),
             _ => None,
         });
         (self.run, windows.collect())
@@ -333,13 +312,13 @@ impl CallCounts {
         self.clear(times);
         self.run = run;
         let windows = self.rules.iter_mut().filter_map(|rule| match rule {
-            Counted::Ratio { window, .. } => Some(window),
+            RuleCounts::Ratio { window, .. } => Some(window),
             _ => None,
         });
         for (window, tally) in windows.zip(from) {
             match window {
-                Window::Time(at) => times[*at].restore(*tally, now),
-                Window::Calls(window) => window.restore(*tally),
+                RatioWindow::Time(at) => times[*at].restore(*tally, now),
+                RatioWindow::Calls(window) => window.restore(*tally),
             }
         }
     }
@@ -357,9 +336,9 @@ impl CallCounts {
     pub(crate) fn adjust(&mut self, trip: &Trip, shape: &Trip, fresh: &mut Self) -> bool {
         let same = trip.rules.len() == shape.rules.len()
             && trip.rules.iter().zip(&shape.rules).all(|pair| match pair {
-                (Rule::Consecutive { .. }, Rule::Consecutive { .. })
-                | (Rule::When(_), Rule::When(_)) => true,
-                (Rule::Ratio(a), Rule::Ratio(b)) => {
+                (TripRule::Consecutive { .. }, TripRule::Consecutive { .. })
+                | (TripRule::When(_), TripRule::When(_)) => true,
+                (TripRule::Ratio(a), TripRule::Ratio(b)) => {
                     mem::discriminant(&a.of) == mem::discriminant(&b.of)
                         && (a.span, a.coarse) == (b.span, b.coarse)
                 }
@@ -372,8 +351,8 @@ impl CallCounts {
         for (rule, new) in self.rules.iter_mut().zip(&mut fresh.rules) {
             match (rule, new) {
                 (
-                    Counted::Ratio { of, limit, min_calls, .. },
-                    Counted::Ratio { of: to, limit: ratio, min_calls: least, .. },
+                    RuleCounts::Ratio { of, limit, min_calls, .. },
+                    RuleCounts::Ratio { of: to, limit: ratio, min_calls: least, .. },
                 ) => (*of, *limit, *min_calls) = (*to, *ratio, *least),
                 (rule, new) => mem::swap(rule, new),
             }
@@ -382,7 +361,7 @@ impl CallCounts {
     }
 }
 
-impl fmt::Debug for Counted {
+impl fmt::Debug for RuleCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Consecutive { .. } => "consecutive",

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use super::super::{
-    state::{At, Refusal, Ticket, Transition},
+    state::{CircuitToken, Rejection, Transition},
     trip::TripReason,
 };
 use super::{
-    Machine, MachinePhase,
+    At, Machine, MachinePhase,
     probes::{MAX_CHANGES, ProbeReport, ProbeVerdict, Probes},
     stats::Ended,
 };
@@ -46,7 +46,7 @@ impl Machine {
                 // `until` is inclusive: at that time the circuit is half-open.
                 MachinePhase::Open { until } if at.now >= *until => {
                     self.last_event = self.last_event.max(*until);
-                    Some(self.enter(MachinePhase::HalfOpen(Probes::default()), None))
+                    Some(self.transition_to(MachinePhase::HalfOpen(Probes::default()), None))
                 }
                 MachinePhase::HalfOpen(probes) => match probes.pass_time(at.now) {
                     Some(ended) => match self.decide(At { now: ended, ..at }) {
@@ -75,33 +75,33 @@ impl Machine {
         &mut self,
         is_unsent: bool,
         at: At<'_>,
-    ) -> (Result<Ticket, Refusal>, Option<Transition>) {
+    ) -> (Result<CircuitToken, Rejection>, Option<Transition>) {
         if self.isolations > 0 {
-            return (Err(Refusal::Forced), None);
+            return (Err(Rejection::Forced), None);
         }
         let change = self.pass_time(at);
-        let counted = Ok(Ticket { generation: self.generation, probe: false });
+        let admitted = Ok(CircuitToken { generation: self.generation, is_probe: false });
         let answer = match &mut self.phase {
             MachinePhase::Closed { since, ramps: true } => {
                 let gone = at.now.saturating_sub(*since);
-                if self.settings.uses_backpressure || (at.roll)() < self.settings.ramp_share(gone) {
-                    counted
+                if self.settings.backpressure || (at.rng)() < self.settings.ramp_share(gone) {
+                    admitted
                 } else {
-                    Err(Refusal::Ramping { left: nanos(self.settings.ramp).saturating_sub(gone) })
+                    Err(Rejection::Ramping { left: nanos(self.settings.ramp).saturating_sub(gone) })
                 }
             }
-            MachinePhase::Closed { .. } | MachinePhase::ForcedClosed => counted,
-            MachinePhase::ForcedOpen => Err(Refusal::Forced),
+            MachinePhase::Closed { .. } | MachinePhase::ForcedClosed => admitted,
+            MachinePhase::ForcedOpen => Err(Rejection::Forced),
             MachinePhase::Open { until } => {
-                Err(Refusal::Open { left: until.saturating_sub(at.now) })
+                Err(Rejection::Open { left: until.saturating_sub(at.now) })
             }
             MachinePhase::HalfOpen(probes) if probes.has_room(&self.settings) => {
                 self.generation += 1;
                 self.last_event = at.now;
                 probes.begin(self.generation, is_unsent, at.now, &self.settings);
-                Ok(Ticket { generation: self.generation, probe: true })
+                Ok(CircuitToken { generation: self.generation, is_probe: true })
             }
-            MachinePhase::HalfOpen(_) => Err(Refusal::Probing),
+            MachinePhase::HalfOpen(_) => Err(Rejection::Probing),
         };
         (answer, change)
     }
@@ -126,9 +126,9 @@ impl Machine {
     // ===== The end of a call =====
 
     /// Records the response head of a probe.
-    pub(in super::super) fn head(
+    pub(in super::super) fn record_head(
         &mut self,
-        probe: Ticket,
+        probe: CircuitToken,
         so_far: Ended,
         at: At<'_>,
     ) -> Option<Transition> {
@@ -136,21 +136,21 @@ impl Machine {
         if let MachinePhase::HalfOpen(probes) = &mut self.phase {
             let kind = so_far.outcome.kind();
             let bad = matches!(kind, OutcomeKind::Failure | OutcomeKind::Throttled);
-            probes.head(probe.generation, !bad && !self.counts.was_slow(so_far));
+            probes.record_head(probe.generation, !bad && !self.counts.was_slow(so_far));
         }
         change
     }
 
     /// Records the outcome of a call. The outcome of a call of an older generation changes nothing.
-    pub(in super::super) fn finish(
+    pub(in super::super) fn release(
         &mut self,
-        ticket: Ticket,
+        token: CircuitToken,
         ended: Ended,
         at: At<'_>,
     ) -> Option<Transition> {
-        if !ticket.probe {
-            return if ticket.generation == self.generation {
-                self.counted(ended, at)
+        if !token.is_probe {
+            return if token.generation == self.generation {
+                self.record_call(ended, at)
             } else {
                 None
             };
@@ -159,8 +159,8 @@ impl Machine {
         let by_time = self.pass_time(at);
         if let MachinePhase::HalfOpen(probes) = &mut self.phase {
             self.last_event = at.now;
-            if probes.end(ticket.generation) {
-                return self.probed(ended, at);
+            if probes.end(token.generation) {
+                return self.record_probe(ended, at);
             }
         }
         by_time
@@ -168,18 +168,22 @@ impl Machine {
 
     /// Records an outcome that does not come from a call of this layer. It counts like the outcome of a call or of a
     /// probe.
-    pub(in super::super) fn told(&mut self, outcome: Outcome, at: At<'_>) -> Option<Transition> {
+    pub(in super::super) fn record_external(
+        &mut self,
+        outcome: Outcome,
+        at: At<'_>,
+    ) -> Option<Transition> {
         let by_time = self.pass_time(at);
         self.last_event = at.now;
         let ended = Ended { outcome, took: 0 };
         let by_call = match self.phase {
-            MachinePhase::HalfOpen(_) => self.probed(ended, at),
-            _ => self.counted(ended, at),
+            MachinePhase::HalfOpen(_) => self.record_probe(ended, at),
+            _ => self.record_call(ended, at),
         };
         by_call.map(|change| change.after(by_time)).or(by_time)
     }
 
-    fn counted(&mut self, ended: Ended, at: At<'_>) -> Option<Transition> {
+    fn record_call(&mut self, ended: Ended, at: At<'_>) -> Option<Transition> {
         let MachinePhase::Closed { .. } = self.phase else { return None };
         self.last_event = at.now;
         let ended = Ended { outcome: self.counts.assess(ended.outcome, at.now), ..ended };
@@ -189,7 +193,7 @@ impl Machine {
         Some(change)
     }
 
-    fn probed(&mut self, ended: Ended, at: At<'_>) -> Option<Transition> {
+    fn record_probe(&mut self, ended: Ended, at: At<'_>) -> Option<Transition> {
         let outcome = self.counts.assess(ended.outcome, at.now);
         let slow = self.counts.was_slow(Ended { outcome, ..ended });
         let MachinePhase::HalfOpen(probes) = &mut self.phase else { return None };
@@ -221,21 +225,21 @@ impl Machine {
             ProbeVerdict::Close => {
                 self.counts.clear(at.times);
                 let ramps = !self.settings.ramp.is_zero();
-                self.enter(MachinePhase::Closed { since: at.now, ramps }, None)
+                self.transition_to(MachinePhase::Closed { since: at.now, ramps }, None)
             }
         })
     }
 
     fn open(&mut self, tripped: TripReason, hint: Option<Duration>, at: At<'_>) -> Transition {
-        if self.is_calm(at.now) {
-            self.restless = 0;
+        if self.has_recovered(at.now) {
+            self.trips_in_row = 0;
         }
-        let wait = self.settings.open_for.wait(self.restless, hint, (at.roll)());
-        self.restless = self.restless.saturating_add(1);
+        let wait = self.settings.open_for.wait(self.trips_in_row, hint, (at.rng)());
+        self.trips_in_row = self.trips_in_row.saturating_add(1);
         self.opened += 1;
         (self.last, self.last_rule) = (Some(tripped), None);
         self.open_time = nanos(wait);
         let until = at.now.saturating_add(self.open_time);
-        self.enter(MachinePhase::Open { until }, Some(tripped))
+        self.transition_to(MachinePhase::Open { until }, Some(tripped))
     }
 }

@@ -3,12 +3,9 @@
 
 use super::super::{
     state::{CircuitState, HalfOpenProgress},
-    trip::TripReason,
+    trip::{CallStats, TripReason},
 };
-use super::{
-    Machine, MachinePhase,
-    stats::{CallStats, TimeWindows},
-};
+use super::{Machine, MachinePhase, stats::TimeWindows};
 use crate::time::{Nanos, nanos};
 
 impl Machine {
@@ -31,8 +28,8 @@ impl Machine {
     pub(in super::super) fn next_by_time(&self, now: Nanos) -> Option<Nanos> {
         match &self.phase {
             _ if self.isolations > 0 => None,
-            MachinePhase::Closed { since, ramps: true } if self.settings.uses_backpressure => {
-                Some(self.settings.turn(*since, now).1)
+            MachinePhase::Closed { since, ramps: true } if self.settings.backpressure => {
+                Some(self.settings.ramp_step(*since, now).1)
             }
             MachinePhase::Open { until } => Some(*until),
             MachinePhase::HalfOpen(probes) => probes.next_change(),
@@ -45,8 +42,8 @@ impl Machine {
     pub(in super::super) fn has_room(&self, now: Nanos) -> bool {
         match &self.phase {
             _ if self.isolations > 0 => false,
-            MachinePhase::Closed { since, ramps: true } if self.settings.uses_backpressure => {
-                self.settings.turn(*since, now).0
+            MachinePhase::Closed { since, ramps: true } if self.settings.backpressure => {
+                self.settings.ramp_step(*since, now).0
             }
             MachinePhase::Closed { .. } | MachinePhase::ForcedClosed => true,
             MachinePhase::Open { .. } | MachinePhase::ForcedOpen => false,
@@ -108,9 +105,9 @@ impl Machine {
         self.last_rule
     }
 
-    pub(in super::super) fn probes_under_way(&self) -> usize {
+    pub(in super::super) fn probes_in_flight(&self) -> usize {
         match &self.phase {
-            MachinePhase::HalfOpen(probes) => probes.under_way(),
+            MachinePhase::HalfOpen(probes) => probes.count_in_flight(),
             _ => 0,
         }
     }
@@ -122,8 +119,8 @@ impl Machine {
         }
     }
 
-    pub(in super::super) fn seen(&self, now: Nanos, times: &TimeWindows) -> CallStats {
-        self.counts.seen(now, times)
+    pub(in super::super) fn call_stats(&self, now: Nanos, times: &TimeWindows) -> CallStats {
+        self.counts.call_stats(now, times)
     }
 
     // ===== For the eviction of unused circuits =====
@@ -137,14 +134,16 @@ impl Machine {
             _ if self.isolations > 0 => false,
             MachinePhase::Closed { since, ramps } => {
                 let ramp = if *ramps { nanos(self.settings.ramp) } else { 0 };
-                let has_counts = self.seen(now, times) != CallStats::default();
+                let has_counts = self.call_stats(now, times) != CallStats::default();
                 now.saturating_sub(*since) >= ramp
-                    && self.is_calm(now)
+                    && self.has_recovered(now)
                     && (!has_counts || idle_for >= self.counts.quiet_period())
             }
             // The circuit is half-open since `until`, and no call has arrived.
             MachinePhase::Open { until } => now >= until.saturating_add(self.open_time),
-            MachinePhase::HalfOpen(probes) => probes.under_way() == 0 && idle_for >= self.open_time,
+            MachinePhase::HalfOpen(probes) => {
+                probes.count_in_flight() == 0 && idle_for >= self.open_time
+            }
             MachinePhase::ForcedOpen | MachinePhase::ForcedClosed => false,
         };
         is_like_new.then_some(idle_for)

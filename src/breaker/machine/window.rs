@@ -31,7 +31,7 @@
 //! ## Overflow
 //!
 //! The lower 32 bits of a bucket count calls, the upper 32 bits count bad calls. A carry would corrupt the upper half.
-//! Good calls are no longer counted from [`PLENTY`], and calls under the lock from one and a half times that value. The
+//! Good calls are no longer counted from [`SATURATION`], and calls under the lock from one and a half times that value. The
 //! rest of the range is a margin for additions that run at the same time.
 //!
 //! ## What a change must preserve
@@ -125,7 +125,7 @@ const BUCKETS: u64 = 10;
 const ONE_CALL: u64 = 1;
 const ONE_BAD: u64 = 1 << 32;
 /// The count of a bucket from which good calls are no longer counted: half of the maximum.
-const PLENTY: u32 = u32::MAX / 2;
+const SATURATION: u32 = u32::MAX / 2;
 
 /// With a coarse clock, a good call reads the clock if these bits of the bucket's count are zero: one call in 16.
 const COARSE: u32 = 15;
@@ -167,7 +167,7 @@ impl TimeWindow {
         if calls & self.skips == 0 && now() / self.stretch > newest {
             return false;
         }
-        if calls < PLENTY {
+        if calls < SATURATION {
             bucket.fetch_add(ONE_CALL, Ordering::Relaxed);
         }
         true
@@ -178,7 +178,7 @@ impl TimeWindow {
         self.advance(now);
         let bucket = self.bucket(self.newest.load(Ordering::Relaxed));
         let one = if bad { ONE_CALL | ONE_BAD } else { ONE_CALL };
-        if (bucket.load(Ordering::Relaxed) as u32) < u32::MAX - PLENTY / 2 {
+        if (bucket.load(Ordering::Relaxed) as u32) < u32::MAX - SATURATION / 2 {
             bucket.fetch_add(one, Ordering::Relaxed);
         }
     }
@@ -200,7 +200,7 @@ impl TimeWindow {
     pub(crate) fn restore(&self, tally: Tally, now: Nanos) {
         self.clear();
         self.advance(now);
-        let capped = |count: u64| count.min(u64::from(PLENTY));
+        let capped = |count: u64| count.min(u64::from(SATURATION));
         let bucket = self.bucket(self.newest.load(Ordering::Relaxed));
         bucket.store(capped(tally.bad) << 32 | capped(tally.calls), Ordering::Relaxed);
     }

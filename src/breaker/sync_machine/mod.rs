@@ -3,7 +3,7 @@
 //! # Mechanism
 //!
 //! The [`Machine`] is a plain state machine behind a mutex. Before the mutex is released, [`Locked`] publishes a
-//! summary of the machine: the [`PublishedState`] (state, generation and flags) and three times in the [`Cell`]. The
+//! summary of the machine: the [`PublishedState`] (state, generation and flags) and three times in the [`SyncMachine`]. The
 //! lock-free paths read only this summary:
 //!
 //! | operation | lock-free if |
@@ -18,7 +18,7 @@
 //!
 //! # Generations
 //!
-//! Each transition of the machine, and each admission of a probe, increments the generation. A [`Ticket`] contains the
+//! Each transition of the machine, and each admission of a probe, increments the generation. A [`CircuitToken`] contains the
 //! generation in which its call was admitted. The outcome of a call counts only if that generation is still the current
 //! one, and the outcome of a probe only if the machine still has the probe. An isolation is not a transition: calls
 //! that were admitted before it still count. The first generation of a cell is higher than each generation that earlier
@@ -46,18 +46,18 @@
 //!   later open time, before which a call is rejected anyway.
 //! - Only the holder of the mutex stores the summary. Therefore the summaries are published in the order of the
 //!   operations that they result from.
-//! - [`Cell::measures`] and [`Cell::count_cancelled_after`] load a setting without the word, with `Relaxed`. An old
+//! - [`SyncMachine::measures`] and [`SyncMachine::count_cancelled_after`] load a setting without the word, with `Relaxed`. An old
 //!   value is harmless, because the call then counts as if it had ended before the change.
 //!
 //! # What a change must preserve
 //!
-//! - The machine is mutated only through [`Locked`], whose drop publishes the summary. [`Cell::idle_for`] locks the
+//! - The machine is mutated only through [`Locked`], whose drop publishes the summary. [`SyncMachine::idle_for`] locks the
 //!   mutex directly and only reads.
 //! - An operation that a lock-free path skips must have no effect on the machine. A new rule or count that a success
 //!   changes must make the machine unclean.
 //! - No user code runs under the lock, except the closures of [`Trip::when`], whose panics are caught. Events and
 //!   wakers follow after the release, by the [`Transition`] that each operation returns.
-//! - The work under the lock is bounded: [`Cell::lock_at`] makes many due changes in slices.
+//! - The work under the lock is bounded: [`SyncMachine::lock_at`] makes many due changes in slices.
 //!
 //! The loom models try all interleavings of calls, probes and manual changes.
 
@@ -67,9 +67,9 @@ mod loom_models;
 use std::time::Duration;
 
 use super::{
-    machine::{Ended, Machine, Probes, TimeWindows},
+    machine::{At, Ended, Machine, Probes, Rng, TimeWindows},
     published::{FastState, PublishedState, StateBits},
-    state::{At, CircuitSettings, CircuitState, Refusal, Roll, Ticket, Transition},
+    state::{CircuitSettings, CircuitState, CircuitToken, Rejection, Transition},
     trip::Trip,
 };
 use crate::{
@@ -82,7 +82,7 @@ use crate::{
 };
 
 #[derive(Debug)]
-pub(super) struct Cell {
+pub(super) struct SyncMachine {
     /// The word that calls read without the lock.
     published: &'static PublishedState,
     /// The owner must be able to detect whether a call is in flight, so no call may be released by the word alone.
@@ -97,7 +97,7 @@ pub(super) struct Cell {
     times: TimeWindows,
 }
 
-impl Cell {
+impl SyncMachine {
     pub(super) fn new(
         published: &'static PublishedState,
         trip: Trip,
@@ -130,7 +130,7 @@ impl Cell {
     pub(super) fn state(
         &self,
         now: impl FnOnce() -> Nanos,
-        roll: Roll,
+        rng: Rng,
     ) -> (CircuitState, Option<Duration>, Option<Transition>) {
         let state = match self.published.load().state() {
             FastState::Closed | FastState::Ramp => CircuitState::Closed,
@@ -139,8 +139,8 @@ impl Cell {
             FastState::Open | FastState::HalfOpen => {
                 let now = now();
                 let left = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
-                let (mut machine, passed) = self.lock_at(self.at(now, roll));
-                let change = passed.then(machine.pass_time(self.at(now, roll)));
+                let (mut machine, passed) = self.lock_at(self.at(now, rng));
+                let change = passed.then(machine.pass_time(self.at(now, rng)));
                 return (machine.state(), machine.next_by_time(now).map(left), change);
             }
         };
@@ -168,7 +168,7 @@ impl Cell {
     pub(super) fn has_room(
         &self,
         now: impl FnOnce() -> Nanos,
-        roll: Roll,
+        rng: Rng,
     ) -> (bool, Option<Transition>) {
         match self.published.load().state() {
             FastState::Closed | FastState::ForcedClosed => (true, None),
@@ -179,8 +179,8 @@ impl Cell {
                 if now < self.until.load(Ordering::Acquire) {
                     return (false, None);
                 }
-                let (mut machine, passed) = self.lock_at(self.at(now, roll));
-                let change = passed.then(machine.pass_time(self.at(now, roll)));
+                let (mut machine, passed) = self.lock_at(self.at(now, rng));
+                let change = passed.then(machine.pass_time(self.at(now, rng)));
                 (machine.has_room(now), change)
             }
         }
@@ -208,7 +208,7 @@ impl Cell {
     /// Returns for how long an open circuit still rejects calls. `None` if it does not, or if its open time has passed.
     /// Takes no lock.
     #[inline]
-    pub(super) fn refuses_for(&self, now: impl FnOnce() -> Nanos) -> Option<Nanos> {
+    pub(super) fn open_time_left(&self, now: impl FnOnce() -> Nanos) -> Option<Nanos> {
         if !self.is_open() {
             return None;
         }
@@ -235,24 +235,24 @@ impl Cell {
         &self,
         is_unsent: bool,
         now: impl FnOnce() -> Nanos,
-        roll: Roll,
-    ) -> (Result<Ticket, Refusal>, Option<Transition>) {
+        rng: Rng,
+    ) -> (Result<CircuitToken, Rejection>, Option<Transition>) {
         let bits = self.published.load();
         match bits.state() {
             FastState::Closed | FastState::ForcedClosed => {
-                (Ok(Ticket { generation: bits.generation(), probe: false }), None)
+                (Ok(CircuitToken { generation: bits.generation(), is_probe: false }), None)
             }
             // An open circuit rejects without the lock, so that many callers do not contend for it.
             FastState::Open => {
                 let now = now();
                 match self.until.load(Ordering::Acquire).saturating_sub(now) {
-                    0 => self.admit_locked(is_unsent, self.at(now, roll)),
-                    left => (Err(Refusal::Open { left }), None),
+                    0 => self.admit_locked(is_unsent, self.at(now, rng)),
+                    left => (Err(Rejection::Open { left }), None),
                 }
             }
-            FastState::ForcedOpen => (Err(Refusal::Forced), None),
+            FastState::ForcedOpen => (Err(Rejection::Forced), None),
             FastState::HalfOpen | FastState::Ramp => {
-                self.admit_locked(is_unsent, self.at(now(), roll))
+                self.admit_locked(is_unsent, self.at(now(), rng))
             }
         }
     }
@@ -261,39 +261,39 @@ impl Cell {
         &self,
         is_unsent: bool,
         at: At<'_>,
-    ) -> (Result<Ticket, Refusal>, Option<Transition>) {
+    ) -> (Result<CircuitToken, Rejection>, Option<Transition>) {
         let (mut machine, passed) = self.lock_at(at);
         let (answer, change) = machine.admit(is_unsent, at);
         (answer, passed.then(change))
     }
 
-    pub(super) fn head(
+    pub(super) fn record_head(
         &self,
-        ticket: Ticket,
+        token: CircuitToken,
         so_far: Ended,
         now: impl FnOnce() -> Nanos,
-        roll: Roll,
+        rng: Rng,
     ) -> Option<Transition> {
-        if !ticket.probe {
+        if !token.is_probe {
             return None;
         }
-        let at = self.at(now(), roll);
+        let at = self.at(now(), rng);
         let (mut machine, passed) = self.lock_at(at);
-        passed.then(machine.head(ticket, so_far, at))
+        passed.then(machine.record_head(token, so_far, at))
     }
 
     #[inline]
-    pub(super) fn finish(
+    pub(super) fn release(
         &self,
-        ticket: Ticket,
+        token: CircuitToken,
         ended: Ended,
         mut now: impl FnMut() -> Nanos,
-        roll: Roll,
+        rng: Rng,
     ) -> Option<Transition> {
         let bits = self.published.load();
         match bits.state() {
-            FastState::HalfOpen | FastState::ForcedOpen if ticket.probe => {}
-            _ if ticket.probe || bits.generation() != ticket.generation => return None,
+            FastState::HalfOpen | FastState::ForcedOpen if token.is_probe => {}
+            _ if token.is_probe || bits.generation() != token.generation => return None,
             FastState::ForcedClosed => return None,
             FastState::Closed | FastState::Ramp => {
                 let slow = ended.took >= self.slow_from.load(Ordering::Relaxed);
@@ -316,9 +316,9 @@ impl Cell {
             // Beneath an isolation the machine still counts outcomes.
             FastState::Open | FastState::HalfOpen | FastState::ForcedOpen => {}
         }
-        let at = self.at(now(), roll);
+        let at = self.at(now(), rng);
         let (mut machine, passed) = self.lock_at(at);
-        passed.then(machine.finish(ticket, ended, at))
+        passed.then(machine.release(token, ended, at))
     }
 
     #[inline]
@@ -351,17 +351,17 @@ impl Cell {
     pub(super) fn with_time<T>(
         &self,
         now: Nanos,
-        roll: Roll,
+        rng: Rng,
         act: impl FnOnce(&mut Machine, At<'_>) -> (T, Option<Transition>),
     ) -> (T, Option<Transition>) {
-        let at = self.at(now, roll);
+        let at = self.at(now, rng);
         let (mut machine, passed) = self.lock_at(at);
         let (result, change) = act(&mut machine, at);
         (result, passed.then(change))
     }
 
-    fn at(&self, now: Nanos, roll: Roll) -> At<'_> {
-        At { now, roll, times: &self.times }
+    fn at(&self, now: Nanos, rng: Rng) -> At<'_> {
+        At { now, rng, times: &self.times }
     }
 
     fn lock(&self) -> Locked<'_> {
@@ -396,7 +396,7 @@ impl Passed {
 
 /// The locked machine. Publishes the summary of the machine before the lock is released.
 struct Locked<'a> {
-    cell: &'a Cell,
+    cell: &'a SyncMachine,
     machine: MutexGuard<'a, Machine>,
     /// The probes of a phase that has ended. There may be many, so they are dropped after the guard: fields are dropped
     /// in the order of their declaration.

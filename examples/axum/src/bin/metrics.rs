@@ -77,7 +77,7 @@ impl Watched {
         });
         say("breaker_state", "gauge", &rows.each_ref().map(|(labels, value)| (&**labels, *value)));
         say("breaker_opened_total", "counter", &[("name=\"search\"", search.opened as f64)]);
-        say("breaker_refused_total", "counter", &[("name=\"search\"", search.refused as f64)]);
+        say("breaker_refused_total", "counter", &[("name=\"search\"", search.rejected as f64)]);
 
         let retries = self.retries.snapshot();
         let balance = retries.budget_balance.unwrap_or(f64::INFINITY);

@@ -120,7 +120,7 @@ impl Guards {
         self.connections.set_max_total(2 * CAP)?;
         self.timeout.set(timeouts())?;
         self.deadline.set_default(Duration::from_millis(400))?;
-        self.breaker.shadow(false);
+        self.breaker.set_shadow(false);
         self.breaker.reset();
         Ok(())
     }
@@ -164,7 +164,7 @@ impl Guards {
         let happened = [
             ("retries", self.retry.snapshot().retries),
             ("openings of the breaker", breaker.opened),
-            ("calls that the breaker rejected", breaker.refused),
+            ("calls that the breaker rejected", breaker.rejected),
             ("timeouts", self.timeout.snapshot().timed_out()),
             ("probes", self.probe.snapshot().probes),
             ("connections made", connections.created),

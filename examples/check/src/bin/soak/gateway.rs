@@ -145,7 +145,7 @@ impl Gateway {
             breaker.opened == 0,
             format!(
                 "{name}: circuit opened {} times, last by {:?}, and rejected {} calls",
-                breaker.opened, breaker.last_trip, breaker.refused
+                breaker.opened, breaker.last_trip, breaker.rejected
             ),
         );
         let tenants = self.tenants.snapshot();

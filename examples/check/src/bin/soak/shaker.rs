@@ -47,7 +47,7 @@ pub async fn shake(server: Server, clients: Vec<Guards>, mut random: Rng, over: 
                 Ok(())
             }
             9 => {
-                client.breaker.shadow(random.bool());
+                client.breaker.set_shadow(random.bool());
                 Ok(())
             }
             10 => {
