@@ -48,7 +48,7 @@ macro_rules! contract_tests {
     ($Subject:ty: $($name:ident),* $(,)?) => {$(
         #[tokio::test(start_paused = true)]
         async fn $name() {
-            support::contract::$name::<$Subject>().await;
+            $crate::support::contract::$name::<$Subject>().await;
         }
     )*};
     ($Subject:ty) => {
@@ -253,7 +253,7 @@ pub async fn inner_panic_releases<T: Subject>() {
 pub async fn body_end_releases<T: Subject>() {
     let two = || ScriptBody::new([Piece::data("a"), Piece::data("b")]);
     // A body that reports its end ends with its last frame, and any other body with `None`.
-    for (body, frames) in [(two(), 2), (two().untold(), 3)] {
+    for (body, frames) in [(two(), 2), (two().without_hints(), 3)] {
         let (subject, service, watch) = begin::<T>(Strict::new()).await;
         watch.script([Then::Answer(Response::new(body))]);
         let response = service.into_inner().oneshot(request()).await.unwrap();
@@ -266,7 +266,7 @@ pub async fn body_end_releases<T: Subject>() {
     }
     // Trailers end a body, too.
     let (subject, service, watch) = begin::<T>(Strict::new()).await;
-    let body = ScriptBody::new([Piece::Trailers(trailers("0"))]).untold();
+    let body = ScriptBody::new([Piece::Trailers(trailers("0"))]).without_hints();
     watch.script([Then::Answer(Response::new(body))]);
     let mut body = task::spawn(service.into_inner().oneshot(request()).await.unwrap().into_body());
     let _ = assert_ready!(body.enter(|cx, body| body.poll_frame(cx)));

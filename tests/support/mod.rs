@@ -1,20 +1,64 @@
-//! Shared by the tests of all layers: a strict inner service, a scripted body, and the test list of the Tower contract,
-//! generic over layers. The tests poll by hand or run on a paused clock.
-#![allow(dead_code, unused_imports, unused_macros)] // Each test uses a part of this module.
+//! Shared by all test binaries: scripted services and bodies, the test list of the Tower contract, servers on loopback,
+//! and the programs that the tests start.
+#![allow(dead_code, unused_imports, unused_macros)] // Each binary uses a part of this module.
 
 mod body;
 pub mod contract;
+pub mod fuzz;
+pub mod net;
+pub mod pipe;
+pub mod programs;
+pub mod rpc;
+pub mod scripted_peer;
 mod strict;
+pub mod tracing_events;
+
+use std::{error::Error, fmt, time::Duration};
 
 pub use self::{
-    body::{Piece, ScriptBody},
+    body::{BodyReads, Piece, ScriptBody},
     strict::{Strict, Then, Watch},
 };
 
-use buttress::{Rejected, outcome::RejectedKind};
+use buttress::{BoxError, Rejected, outcome::RejectedKind};
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
-use std::{error::Error, fmt};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+pub const fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+pub const fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+/// Yields 64 times, so that every task makes the progress that it can make without the clock.
+pub async fn settle() {
+    for _ in 0..64 {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Returns the number of tasks of the current runtime that have not ended.
+pub fn alive_tasks() -> usize {
+    tokio::runtime::Handle::current().metrics().num_alive_tasks()
+}
+
+/// Waits for a future on the paused clock. Panics after an hour.
+pub async fn within_an_hour<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(secs(3600), future).await.expect("no result within an hour")
+}
+
+/// Waits until no other test holds this permit.
+///
+/// Tests of one binary run in parallel. A test that uses all cores delays the timers of other tests, so that both kinds
+/// of tests can fail: those that load the machine, and those that measure time on sockets within narrow bounds. Such
+/// tests hold this permit while they run.
+pub async fn alone() -> SemaphorePermit<'static> {
+    static ALONE: Semaphore = Semaphore::const_new(1);
+    ALONE.acquire().await.unwrap()
+}
 
 /// The error of inner services and bodies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +129,12 @@ pub fn refused_as<T>(
 
 pub fn is_refusal(error: &(dyn Error + 'static)) -> bool {
     Rejected::find(error).is_some()
+}
+
+/// Returns the rejection among the sources of an error. Panics if there is none.
+#[track_caller]
+pub fn rejection(error: &BoxError) -> &Rejected {
+    Rejected::find(&**error).unwrap_or_else(|| panic!("not a rejection: {error:?}"))
 }
 
 /// Reads a body to its end. Returns its bytes and its trailers.
