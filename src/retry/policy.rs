@@ -298,7 +298,7 @@ mod tests {
         left: None,
     };
 
-    fn reason(input: DecisionInput) -> Option<GiveUpReason> {
+    fn give_up_reason(input: DecisionInput) -> Option<GiveUpReason> {
         decide(&input, &RetryPolicy::new(), &mut None).err()
     }
 
@@ -310,32 +310,35 @@ mod tests {
     #[test]
     fn first_check_that_fails_is_the_reason() {
         let mut input = DecisionInput { made: 3, ..INPUT };
-        assert_eq!(reason(input), Some(GiveUpReason::AttemptsUsedUp));
+        assert_eq!(give_up_reason(input), Some(GiveUpReason::AttemptsUsedUp));
         input.body = BodyReplay::No;
-        assert_eq!(reason(input), Some(GiveUpReason::BodyGone));
+        assert_eq!(give_up_reason(input), Some(GiveUpReason::BodyGone));
         input.body = BodyReplay::Streaming;
-        assert_eq!(reason(input), Some(GiveUpReason::StillSending));
+        assert_eq!(give_up_reason(input), Some(GiveUpReason::StillSending));
         input.is_safe = false;
-        assert_eq!(reason(input), Some(GiveUpReason::Unsafe));
+        assert_eq!(give_up_reason(input), Some(GiveUpReason::Unsafe));
         input.class = RetryAction::Done;
-        assert_eq!(reason(input), Some(GiveUpReason::Answered));
+        assert_eq!(give_up_reason(input), Some(GiveUpReason::Answered));
         assert_eq!(
-            reason(DecisionInput { is_error: true, ..input }),
+            give_up_reason(DecisionInput { is_error: true, ..input }),
             Some(GiveUpReason::NotRetryable)
         );
         input.class = RetryAction::Forbidden(GiveUpReason::Rejected);
-        assert_eq!(reason(input), Some(GiveUpReason::Rejected));
+        assert_eq!(give_up_reason(input), Some(GiveUpReason::Rejected));
     }
 
     #[test]
     fn unsent_request_is_safe_for_any_method() {
         let post = DecisionInput { is_safe: false, ..INPUT };
         assert_eq!(
-            reason(DecisionInput { outcome: failure(Reason::Reset), ..post }),
+            give_up_reason(DecisionInput { outcome: failure(Reason::Reset), ..post }),
             Some(GiveUpReason::Unsafe)
         );
         let stale = failure(Reason::StaleConnection);
-        assert_eq!(reason(DecisionInput { outcome: stale, ..post }), Some(GiveUpReason::Unsafe));
+        assert_eq!(
+            give_up_reason(DecisionInput { outcome: stale, ..post }),
+            Some(GiveUpReason::Unsafe)
+        );
         for reason in [
             Reason::ConnectRefused,
             Reason::ConnectFailed,
@@ -345,7 +348,7 @@ mod tests {
             Reason::GoAway,
         ] {
             assert_eq!(
-                reason(DecisionInput { outcome: failure(reason), ..post }),
+                give_up_reason(DecisionInput { outcome: failure(reason), ..post }),
                 None,
                 "{reason:?}"
             );
@@ -356,8 +359,8 @@ mod tests {
     fn unsent_attempt_is_not_safe_if_an_earlier_hedge_attempt_may_have_been_sent() {
         let outcome = failure(Reason::NeverSent);
         let post = DecisionInput { is_safe: false, outcome, is_sent_before: true, ..INPUT };
-        assert_eq!(reason(post), Some(GiveUpReason::Unsafe));
-        assert_eq!(reason(DecisionInput { is_safe: true, ..post }), None);
+        assert_eq!(give_up_reason(post), Some(GiveUpReason::Unsafe));
+        assert_eq!(give_up_reason(DecisionInput { is_safe: true, ..post }), None);
     }
 
     #[test]
@@ -431,7 +434,7 @@ mod tests {
         DecisionInput { outcome, ..INPUT }
     }
 
-    fn delays(input: DecisionInput, policy: &RetryPolicy) -> Vec<f64> {
+    fn drawn_delays(input: DecisionInput, policy: &RetryPolicy) -> Vec<f64> {
         let delay = |_| decide(&input, policy, &mut None).unwrap().delay.as_secs_f64();
         (0..200).map(delay).collect()
     }
@@ -441,7 +444,7 @@ mod tests {
         for (jitter, secs, max) in [(0.5, 1, 1.5), (0.5, 10, 15.0), (0.5, 30, 45.0), (5.0, 2, 12.0)]
         {
             let policy = RetryPolicy { hint: HintMode::Above { jitter }, ..RetryPolicy::new() };
-            let (delays, hint) = (delays(hinted(secs), &policy), secs as f64);
+            let (delays, hint) = (drawn_delays(hinted(secs), &policy), secs as f64);
             assert!(delays.iter().all(|delay| (hint..=max).contains(delay)), "{delays:?}");
             // The jitter is not cut at `max_wait`, where all clients would return at once.
             assert!(delays.iter().any(|&delay| delay > hint + (max - hint) * 0.9), "{delays:?}");
@@ -450,7 +453,7 @@ mod tests {
 
     #[test]
     fn hint_above_the_maximum_wait_ends_the_call() {
-        assert_eq!(reason(hinted(31)), Some(GiveUpReason::WaitTooLong));
+        assert_eq!(give_up_reason(hinted(31)), Some(GiveUpReason::WaitTooLong));
         let policy = RetryPolicy { max_wait: Some(Duration::from_secs(5)), ..RetryPolicy::new() };
         let left = Some(Duration::from_secs(1000));
         for (policy, secs, expected) in [
@@ -470,13 +473,13 @@ mod tests {
         let policy = RetryPolicy::new();
         for (hint, left_ms) in [(1, 1010), (1, 1200), (2, 2900), (10, 10_010)] {
             let left = Duration::from_millis(left_ms);
-            let delays = delays(DecisionInput { left: Some(left), ..hinted(hint) }, &policy);
+            let delays = drawn_delays(DecisionInput { left: Some(left), ..hinted(hint) }, &policy);
             let max = (left - policy.min_attempt_time).as_secs_f64();
             assert!(delays.iter().all(|delay| (hint as f64..=max).contains(delay)), "{delays:?}");
         }
         let left = Some(Duration::from_millis(1009));
         assert_eq!(
-            reason(DecisionInput { left, ..hinted(1) }),
+            give_up_reason(DecisionInput { left, ..hinted(1) }),
             Some(GiveUpReason::DeadlineTooNear)
         );
     }
@@ -488,7 +491,7 @@ mod tests {
             let policy = RetryPolicy { delays, ..RetryPolicy::new() };
             for (hint, left_ms) in [(0, 1010), (2, 3010), (9, 10_010)] {
                 let left = Some(Duration::from_millis(left_ms));
-                let delays = delays(DecisionInput { left, ..hinted(hint) }, &policy);
+                let delays = drawn_delays(DecisionInput { left, ..hinted(hint) }, &policy);
                 let max = hint as f64 + 0.5;
                 assert!(
                     delays.iter().all(|delay| (hint as f64..=max).contains(delay)),
@@ -505,7 +508,7 @@ mod tests {
         let policy =
             RetryPolicy { delays, max_wait: Some(Duration::from_secs(5)), ..RetryPolicy::new() };
         for hint in [0, 1, 5] {
-            assert_eq!(delays(hinted(hint), &policy)[0], 5.0, "{hint}");
+            assert_eq!(drawn_delays(hinted(hint), &policy)[0], 5.0, "{hint}");
         }
     }
 
