@@ -139,7 +139,7 @@
 //!
 //! A call that acquires its permit at once costs two atomic operations on one word, and no allocation, lock or clock
 //! read. An [adaptive](ConcurrencyLimitLayer::adaptive) limit adds two clock reads and four atomic operations;
-//! [partitions and priorities](partition) add a short lock. A few hundred bytes of each limit are never
+//! [partitions and priorities](partition) add a short lock, and a partition two atomic operations. A few hundred bytes of each limit are never
 //! deallocated: after the last use of the limit, a new limit reuses them.
 //!
 //! With [`max_unread`](ConcurrencyLimitLayer::max_unread), a response whose body has not ended with its head costs two

@@ -159,7 +159,8 @@ mod tests {
         let now = Instant::now();
         for _ in 0..500 {
             let mut recent = RecentLatency::default();
-            let max = rng.u64(1..=u64::MAX >> rng.u32(..64));
+            let shift = rng.u32(..64);
+            let max = rng.u64(1..=u64::MAX >> shift);
             let latency = |rng: &mut fastrand::Rng| Duration::from_nanos(rng.u64(..=max));
             let mut exact: Vec<_> = (0..rng.usize(1..300)).map(|_| latency(&mut rng)).collect();
             // A part of the latencies is in the previous window.

@@ -8,7 +8,7 @@ use crate::error::ConfigError;
 
 /// A limit with a fractional part, kept within its bounds.
 #[derive(Clone, Debug)]
-pub struct BoundedLimit {
+pub(super) struct BoundedLimit {
     limit: f64,
     min: f64,
     max: f64,
@@ -61,7 +61,7 @@ impl BoundedLimit {
 }
 
 /// An algorithm with a [`BoundedLimit`]: the part that its [`Algorithm`] does not share with others.
-pub trait BoundedAlgorithm: std::fmt::Debug + Send + 'static {
+pub(super) trait BoundedAlgorithm: std::fmt::Debug + Send + 'static {
     fn bounded(&self) -> &BoundedLimit;
 
     fn bounded_mut(&mut self) -> &mut BoundedLimit;

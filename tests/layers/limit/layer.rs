@@ -145,12 +145,13 @@ async fn bad_config_is_a_typed_error() {
 async fn setters_after_handle_are_seen() {
     let layer = ConcurrencyLimitLayer::new(1);
     let (inner, watch) = Strict::holding();
-    let (handle, service) = (layer.handle(), layer.clone().layer(inner));
-    let _ = layer
+    let handle = layer.handle();
+    let service = layer
         .queue(1, Duration::from_secs(9))
         .name("late")
         .retry_after(Duration::from_secs(3))
-        .release_at_head();
+        .release_at_head()
+        .layer(inner);
     let mut first = hold(&service);
     let mut waiting = hold(&service);
     assert_eq!((handle.snapshot().in_flight, handle.snapshot().waiting), (1, 1));

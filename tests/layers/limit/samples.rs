@@ -96,7 +96,7 @@ async fn latency_is_to_the_head_and_without_the_wait() {
 #[tokio::test(start_paused = true)]
 async fn latency_is_to_the_end_of_the_body_if_asked() {
     let (spy, layer, service, watch) = limit();
-    let _ = layer.until_body_end();
+    layer.handle().set_until_body_end(true);
     let mut call = hold(&service);
     advance(30 * MS).await;
     watch.end(0, Ok(hello()));
@@ -169,7 +169,7 @@ async fn a_grpc_call_is_recorded_with_its_trailers_and_the_latency_to_its_head()
 #[tokio::test(start_paused = true)]
 async fn a_limit_that_releases_at_the_head_records_a_grpc_call_there() {
     let (spy, layer, service, watch) = limit();
-    let _ = layer.release_at_head();
+    layer.handle().set_release_at_head(true);
     let mut call = hold(&service);
     advance(30 * MS).await;
     watch.end(0, Ok(grpc([Piece::data("a"), Piece::Trailers(trailers("14"))])));

@@ -183,7 +183,6 @@ struct Caller {
 }
 
 struct Rig {
-    layer: ConcurrencyLimitLayer,
     service: ConcurrencyLimit<Strict>,
     watch: Watch,
     handle: ConcurrencyLimitHandle,
@@ -209,7 +208,7 @@ impl Rig {
             .queue_order(order);
         let (inner, watch) = Strict::holding();
         let (service, handle) = (layer.layer(inner), layer.handle());
-        Self { layer, service, watch, handle, limit, queue, callers: vec![], started: vec![] }
+        Self { service, watch, handle, limit, queue, callers: vec![], started: vec![] }
     }
 
     /// Makes a call. Returns whether it got a permit or may wait.
