@@ -9,7 +9,7 @@
 //! cannot run in virtual time. This example contains a copy of its algorithm without its queue, in which calls wait
 //! before it counts them.
 
-#[path = "../../tests/rig/mod.rs"]
+#[path = "../../tests/layers/simulation.rs"]
 mod rig;
 #[path = "../../examples/offline/src/bin/adaptive_limit/table.rs"]
 mod table;

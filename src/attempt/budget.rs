@@ -137,7 +137,7 @@ impl RetryBudget {
     /// Makes the deposit for a call that begins, if calls make deposits.
     #[inline]
     pub(crate) fn deposit_for_call(&self) {
-        if self.bucket.mode == RefillMode::PerCall {
+        if self.bucket.mode == RefillMode::Calls {
             self.deposit();
         }
     }
@@ -147,9 +147,9 @@ impl RetryBudget {
     #[inline]
     pub(crate) fn deposit_for_response(&self, last_cost: u64) {
         match self.bucket.mode {
-            RefillMode::PerCall => {}
-            RefillMode::PerResponse if last_cost > 0 => self.bucket.deposit(last_cost),
-            RefillMode::PerResponse | RefillMode::PerResponseLessFailures { .. } => self.deposit(),
+            RefillMode::Calls => {}
+            RefillMode::Responses if last_cost > 0 => self.bucket.deposit(last_cost),
+            RefillMode::Responses | RefillMode::ResponsesLessFailures { .. } => self.deposit(),
         }
     }
 

@@ -52,13 +52,13 @@ pub(crate) struct TokenBucket {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RefillMode {
     /// Each call makes a deposit when it begins. A retry withdraws its cost.
-    PerCall,
+    Calls,
     /// Each good response makes a deposit. A retry withdraws its cost, and a good response refunds the cost of the
     /// call's last retry.
-    PerResponse,
+    Responses,
     /// Each good response makes a deposit, and each failure withdraws its cost, down to zero. Retries withdraw nothing.
     /// They are permitted while the balance is above `floor`.
-    PerResponseLessFailures { floor: u64 },
+    ResponsesLessFailures { floor: u64 },
 }
 
 impl TokenBucket {
@@ -67,7 +67,7 @@ impl TokenBucket {
             refill,
             cap,
             trickle,
-            mode: RefillMode::PerCall,
+            mode: RefillMode::Calls,
             balance: AtomicU64::new((trickle * 10).min(cap)),
             trickled_until: AtomicU64::new(0),
             denied: AtomicU64::new(0),
@@ -99,7 +99,7 @@ impl TokenBucket {
 
     /// Withdraws the cost of a failure, if failures make withdrawals.
     pub(crate) fn record_failure(&self, cost: u64) {
-        if matches!(self.mode, RefillMode::PerResponseLessFailures { .. }) {
+        if matches!(self.mode, RefillMode::ResponsesLessFailures { .. }) {
             let _ = self.balance.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |balance| {
                 Some(balance.saturating_sub(cost))
             });
@@ -110,10 +110,10 @@ impl TokenBucket {
     pub(crate) fn withdraw(self: &Arc<Self>, cost: u64) -> Option<Withdrawal> {
         self.deposit_trickle();
         let withdrawn = match self.mode {
-            RefillMode::PerResponseLessFailures { floor } => {
+            RefillMode::ResponsesLessFailures { floor } => {
                 (self.balance.load(Ordering::Acquire) > floor).then_some(0)
             }
-            RefillMode::PerCall | RefillMode::PerResponse => self
+            RefillMode::Calls | RefillMode::Responses => self
                 .balance
                 .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |balance| {
                     balance.checked_sub(cost)

@@ -59,6 +59,7 @@ mod connection;
 mod eos;
 pub(crate) mod grpc;
 pub(crate) mod http;
+#[allow(clippy::module_inception)] // The file of the type that the module is named for.
 mod outcome;
 mod rejected;
 mod rejected_kind;

@@ -50,6 +50,7 @@
 //! orderings, `state_ref` the two kinds of references, `body` the end of responses.
 
 mod body;
+#[allow(clippy::module_inception)] // The file of the type that the module is named for.
 mod permit;
 mod release;
 mod sharded;

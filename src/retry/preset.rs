@@ -131,7 +131,7 @@ impl RetryBudget {
     /// if there was none.
     #[must_use]
     pub fn aws() -> Self {
-        let mut budget = Self::of(Self::bucket(1.0, 0, 500).filled(RefillMode::PerResponse));
+        let mut budget = Self::of(Self::bucket(1.0, 0, 500).filled(RefillMode::Responses));
         budget.costs = [14 * RETRY; 8];
         budget.cost(FailureKind::Throttled, 5.0)
     }
@@ -151,7 +151,7 @@ impl RetryBudget {
             bucket.fault.get_or_insert(fault);
         }
         let floor = bucket.cap / 2;
-        Self::of(bucket.filled(RefillMode::PerResponseLessFailures { floor }))
+        Self::of(bucket.filled(RefillMode::ResponsesLessFailures { floor }))
     }
 
     /// Returns Finagle's default budget: one retry for five first attempts, a trickle of 10 per second, and a cap of

@@ -417,7 +417,7 @@ const TABLE: &[Row] = table! {
     "ClientConfig::explain": |planted| config(planted).explain(),
     "ClientConfig::check": |planted| errors(config(planted).check()),
     "ClientConfig::changes": |planted| debug(config(planted).changes(&ClientConfig::default())),
-    "ClientConfig::origin": |planted| debug(config(planted).origin("health_probe_uri")),
+    "ClientConfig::source": |planted| debug(config(planted).source("health_probe_uri")),
     "ServerConfig": |planted| {
         let mut config = ServerConfig::preset(ConfigPreset::Internal);
         config.deadline.header = Some(planted.uri.clone());

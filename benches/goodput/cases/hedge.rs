@@ -1,6 +1,6 @@
 //! Hedge attempts against an upstream whose latency has a heavy tail.
 
-#[path = "../../../tests/rig/tail.rs"]
+#[path = "../../../tests/layers/hedge/latency_distribution.rs"]
 mod measured;
 
 use std::{

@@ -49,12 +49,12 @@ async fn a_panic_in_a_handler_frees_its_place() {
     let stage = Stage::default();
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
-    let panics = get(|| async {
+    let is_active = get(|| async {
         if true {
             panic!("a handler's panic, as expected");
         }
     });
-    let app = routes(&stage).route("/panic", panics).layer(limit.respond());
+    let app = routes(&stage).route("/panic", is_active).layer(limit.respond());
     let addr = serve(app).await;
     stage.open();
     for _ in 0..3 {

@@ -71,8 +71,8 @@ async fn a_classifier_that_panics_as_it_is_made_is_no_failure() {
         }
     }
     for ready in [true, false] {
-        let panics = Arc::new(AtomicBool::new(false));
-        let touchy_one = Touchy(panics.clone());
+        let is_active = Arc::new(AtomicBool::new(false));
+        let touchy_one = Touchy(is_active.clone());
         let layer = touchy().classify(move |result: Result<&Response<ScriptBody>, &Oops>| {
             let _ = &touchy_one;
             result.map_or(Outcome::failure(), |_| Outcome::success())
@@ -84,7 +84,7 @@ async fn a_classifier_that_panics_as_it_is_made_is_no_failure() {
         }
         let call = AssertUnwindSafe(|| {
             if ready {
-                panics.store(true, SeqCst);
+                is_active.store(true, SeqCst);
                 drop(service.call(request()));
                 return;
             }
@@ -92,11 +92,11 @@ async fn a_classifier_that_panics_as_it_is_made_is_no_failure() {
             let mut call = task::spawn(service.call(request()));
             assert_pending!(call.poll());
             watch.set_ready(true);
-            panics.store(true, SeqCst);
+            is_active.store(true, SeqCst);
             drop(call.poll());
         });
         assert!(catch_unwind(call).is_err());
-        panics.store(false, SeqCst);
+        is_active.store(false, SeqCst);
         let seen = handle.snapshot();
         assert_eq!((handle.state(), watch.seen().calls), (CircuitState::Closed, 0), "{seen:?}");
         // The reservation of the inner service is released as well.

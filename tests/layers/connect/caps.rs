@@ -270,15 +270,15 @@ async fn setter_after_the_first_use_returns_a_layer_with_state_of_its_own() {
     settle().await;
     assert_eq!((handle.snapshot().max_per_host, handle.snapshot().open), (Some(1), 1));
     assert_eq!((fork_handle.snapshot().max_per_host, fork_handle.snapshot().open), (Some(2), 0));
-    assert_eq!(refusal(&ask(&first, "http://a/").await.unwrap_err()).name(), Some("search"));
+    assert_eq!(rejection(&ask(&first, "http://a/").await.unwrap_err()).name(), Some("search"));
 
     let second = client(&fork, &pipes);
     let _held = [(); 2].map(|()| tokio::spawn(second.request(request("http://a/slow"))));
     settle().await;
     assert_eq!(fork_handle.snapshot().open, 2);
     let error = ask(&second, "http://a/").await.unwrap_err();
-    assert_eq!(refusal(&error).kind(), RejectedKind::Saturated, "the fork has the same queue");
-    assert_eq!(refusal(&error).name(), Some("search"));
+    assert_eq!(rejection(&error).kind(), RejectedKind::Saturated, "the fork has the same queue");
+    assert_eq!(rejection(&error).name(), Some("search"));
 
     handle.set_max_per_host(2).unwrap();
     let _held = tokio::spawn(first.request(request("http://a/slow")));

@@ -49,8 +49,8 @@ struct Asked(Dependency);
 impl Drop for Asked {
     fn drop(&mut self) {
         self.0.0.now.fetch_sub(1, SeqCst);
-        let panics = *self.0.0.mode.lock().unwrap() == Mode::PanicsWhenDropped;
-        assert!(!panics, "scripted panic");
+        let is_active = *self.0.0.mode.lock().unwrap() == Mode::PanicsWhenDropped;
+        assert!(!is_active, "scripted panic");
     }
 }
 

@@ -119,7 +119,7 @@ async fn a_hurry_ends_the_wait_that_is_on_and_no_other() {
         assert_eq!(within_an_hour(stops).await.unwrap(), stopping * second, "{hurries:?}");
         assert_eq!(within_an_hour(ends).await.unwrap(), stopped * second, "{hurries:?}");
         lifecycle.skip_delay();
-        assert_eq!(lifecycle.phase(), Phase::Stopped);
+        assert_eq!(lifecycle.phase(), LifecyclePhase::Stopped);
     }
 }
 
@@ -140,8 +140,8 @@ async fn without_a_delay_it_stops_before_the_drain_returns() {
     let lifecycle =
         lifecycle(&Health::new()).drain_delay(Duration::ZERO).drain_timeout(Duration::ZERO);
     lifecycle.drain();
-    assert_eq!(lifecycle.phase(), Phase::Stopping);
-    assert_eq!(within_an_hour(lifecycle.changed()).await, Phase::Stopped);
+    assert_eq!(lifecycle.phase(), LifecyclePhase::Stopping);
+    assert_eq!(within_an_hour(lifecycle.changed()).await, LifecyclePhase::Stopped);
 }
 
 /// The clock jumps by a day, as after the suspension of the machine.
@@ -169,7 +169,7 @@ async fn times_set_after_the_layer_was_made_are_seen() {
     let lifecycle = lifecycle.drain_delay(Duration::ZERO).drain_timeout(Duration::MAX);
     lifecycle.drain();
     settle().await;
-    assert_eq!(lifecycle.phase(), Phase::Stopping);
+    assert_eq!(lifecycle.phase(), LifecyclePhase::Stopping);
     assert_eq!(within_an_hour(service.oneshot(call())).await.unwrap().status(), 503);
     sleep(Duration::from_secs(86_400)).await;
     assert_eq!(lifecycle.phase(), LifecyclePhase::Stopping);
@@ -207,7 +207,7 @@ fn it_has_stopped_when_its_runtime_ends() {
             if with_signals { Lifecycle::new(&health) } else { Lifecycle::without_signals(&health) }
         });
         let lifecycle = lifecycle.unwrap();
-        assert_eq!((lifecycle.phase(), health.is_ready()), (Phase::Stopped, false));
+        assert_eq!((lifecycle.phase(), health.is_ready()), (LifecyclePhase::Stopped, false));
         let served =
             runtime().block_on(within_an_hour(lifecycle.run(pending::<Result<(), Infallible>>())));
         assert_eq!(served.unwrap().cut_calls, 0);

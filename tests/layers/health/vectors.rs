@@ -128,8 +128,8 @@ async fn envoy_panics_below_half() {
             let up = hosts.iter().filter(|host| host.handle.state() == ProbeState::Up).count();
             assert_eq!(u64::try_from(up).unwrap(), step[name].as_u64().unwrap(), "{step}");
         }
-        let panics = priorities.each_ref().map(FailOpen::is_active);
-        assert_eq!(serde_json::to_value(panics).unwrap(), step["expect_panic"], "{step}");
+        let is_active = priorities.each_ref().map(FailOpen::is_active);
+        assert_eq!(serde_json::to_value(is_active).unwrap(), step["expect_panic"], "{step}");
     }
 }
 

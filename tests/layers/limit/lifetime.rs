@@ -194,21 +194,21 @@ async fn limit_loses_no_place_to_what_panics_around_a_call() {
             Poll::Pending
         }
     }
-    let panics = |run: &mut dyn FnMut()| {
+    let is_active = |run: &mut dyn FnMut()| {
         assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
     };
 
     let layer = ConcurrencyLimitLayer::new(1).queue(1, Duration::from_secs(9));
     let handle = layer.handle();
     let mut service = layer.layer(Touchy);
-    panics(&mut || drop(service.call(request())));
+    is_active(&mut || drop(service.call(request())));
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
     let place = handle.try_acquire().unwrap();
-    panics(&mut || drop(service.call(request())));
+    is_active(&mut || drop(service.call(request())));
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (1, 0));
     drop(place);
     let mut response = Some(service.ready().await.unwrap().call(request()).await.unwrap());
     assert_eq!(handle.in_flight(), 1);
-    panics(&mut || drop(response.take()));
+    is_active(&mut || drop(response.take()));
     assert_eq!(handle.in_flight(), 0);
 }

@@ -8,7 +8,7 @@
 //! The same table with the limits of other crates: `cargo run -p buttress-benches --example adaptive_peers`.
 
 mod picture;
-#[path = "../../../../../tests/rig/mod.rs"]
+#[path = "../../../../../tests/layers/simulation.rs"]
 mod rig;
 mod table;
 
