@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_leads_to_the_same_place_is_one() {
+    fn equal_scheme_host_and_port_are_one_origin() {
         let same = ["http://a", "HTTP://A/x?y", "http://a:80/", "http://me:secret@a:80/"];
         let all: HashSet<_> = same.map(of).into();
         assert_eq!(all.len(), 1);
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn it_shows_no_more_than_it_is() {
+    fn display_and_debug_show_the_origin_only() {
         let origin = of("https://me:secret@[::1]:443/path");
         assert_eq!(origin.to_string(), "https://[::1]");
         assert_eq!(format!("{origin:?}"), "Origin(https://[::1])");

@@ -441,9 +441,10 @@ impl Circuit {
         sent_mark: impl FnOnce() -> Option<SentMark>,
     ) -> Result<Token, Rejection> {
         let unsent = if self.machine.may_probe() { self.unsent_mark(sent_mark()) } else { None };
-        let (answer, change) = self.machine.admit(unsent.is_some(), || self.now(), fastrand::f64);
+        let (admission, change) =
+            self.machine.admit(unsent.is_some(), || self.now(), fastrand::f64);
         self.notify(change);
-        let admitted = match answer {
+        let admitted = match admission {
             Ok(admitted) => admitted,
             Err(_) if self.is_shadow() => {
                 self.shadowed.fetch_add(1, Ordering::Relaxed);

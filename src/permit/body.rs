@@ -21,7 +21,7 @@ pin_project! {
     ///
     /// The second variant needs no conversion into the body type of the inner service, so that type needs no further
     /// bounds.
-    #[project = AnswerBodyProj]
+    #[project = EitherBodyProj]
     pub(crate) enum EitherBody<B: Body> {
         Theirs { #[pin] body: B },
         // Boxed, so that it does not enlarge the responses of the inner service.
@@ -54,8 +54,8 @@ impl<B: Body> Body for EitherBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         match self.project() {
-            AnswerBodyProj::Theirs { body } => body.poll_frame(cx),
-            AnswerBodyProj::Own { data } => {
+            EitherBodyProj::Theirs { body } => body.poll_frame(cx),
+            EitherBodyProj::Own { data } => {
                 Poll::Ready(data.take().map(|data| Ok(Frame::data(*data))))
             }
         }
@@ -124,25 +124,25 @@ impl<B: Body> TrackedBody<B> {
     /// Returns a body that holds no permit.
     #[inline]
     pub(crate) fn untracked(body: B) -> Self {
-        Self::told(EitherBody::Theirs { body })
+        Self::released(EitherBody::Theirs { body })
     }
 
     #[inline]
-    fn told(inner: EitherBody<B>) -> Self {
+    fn released(inner: EitherBody<B>) -> Self {
         Self { inner, permit: Permit::spent(), eos: Eos::Told }
     }
 }
 
 impl<B: Body<Data: From<Bytes>>> FromBytes for TrackedBody<B> {
     fn answer(data: Bytes) -> Self {
-        Self::told(EitherBody::own(data))
+        Self::released(EitherBody::own(data))
     }
 }
 
 impl<B: Body> Default for TrackedBody<B> {
     /// Returns an empty body that has ended: the body of a response that an outer layer makes.
     fn default() -> Self {
-        Self::told(EitherBody::ended())
+        Self::released(EitherBody::ended())
     }
 }
 

@@ -228,11 +228,11 @@ impl CallCounts {
             }
             RuleCounts::Ratio { of, limit, min_calls, window } => {
                 let Tally { calls, bad } = window.tally(now, times);
-                let asked = match of {
+                let concerns = match of {
                     Bad::Failed => failed,
                     Bad::Slow(slow) => took >= nanos(*slow),
                 };
-                let over = asked
+                let over = concerns
                     && bad > 0
                     && calls >= u64::from(*min_calls)
                     // Compares the quotient: 7 / 100 is 0.07, but 0.07 * 100 is slightly more than 7.

@@ -81,7 +81,7 @@ impl Machine {
         }
         let change = self.pass_time(at);
         let admitted = Ok(CircuitToken { generation: self.generation, is_probe: false });
-        let answer = match &mut self.phase {
+        let admission = match &mut self.phase {
             MachinePhase::Closed { since, ramps: true } => {
                 let gone = at.now.saturating_sub(*since);
                 if self.settings.backpressure || (at.rng)() < self.settings.ramp_share(gone) {
@@ -103,7 +103,7 @@ impl Machine {
             }
             MachinePhase::HalfOpen(_) => Err(Rejection::Probing),
         };
-        (answer, change)
+        (admission, change)
     }
 
     /// Records what a probe waits for. Returns whether the state of its slot has changed, and the change of the

@@ -263,8 +263,8 @@ impl SyncMachine {
         at: At<'_>,
     ) -> (Result<CircuitToken, Rejection>, Option<Transition>) {
         let (mut machine, passed) = self.lock_at(at);
-        let (answer, change) = machine.admit(is_unsent, at);
-        (answer, passed.then(change))
+        let (admission, change) = machine.admit(is_unsent, at);
+        (admission, passed.then(change))
     }
 
     pub(super) fn record_head(
