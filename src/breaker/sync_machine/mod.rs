@@ -21,7 +21,7 @@
 //! Each transition of the machine, and each admission of a probe, increments the generation. A [`CircuitToken`] contains the
 //! generation in which its call was admitted. The outcome of a call counts only if that generation is still the current
 //! one, and the outcome of a probe only if the machine still has the probe. An isolation is not a transition: calls
-//! that were admitted before it still count. The first generation of a cell is higher than each generation that earlier
+//! that were admitted before it still count. The first generation of a machine is higher than each generation that earlier
 //! circuits have published in the same word, so the calls of those circuits are late, too.
 //!
 //! # Outcomes that do not change the machine
