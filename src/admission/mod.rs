@@ -13,6 +13,8 @@
 //! - The inner future is dropped before its permit.
 
 mod closed;
+#[cfg(all(test, not(buttress_loom)))]
+mod example;
 mod future;
 mod layer;
 mod service;
