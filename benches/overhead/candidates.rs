@@ -130,7 +130,7 @@ fn refusing() -> Vec<Candidate> {
         ours("buttress/refused_open", "refused_open", OPEN, || made(ours::open())),
         peer("tower/refused_full", || made(peers::tower_full())),
         peer("tower-resilience/refused_full", || made_driven(peers::tr_full())),
-        ours("buttress/refused_full", "rejected_full", FULL, || made(ours::full())),
+        ours("buttress/refused_full", "refused_full", FULL, || made(ours::full())),
     ]
 }
 

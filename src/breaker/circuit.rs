@@ -72,6 +72,8 @@ pub struct Circuit {
     changed: Arc<Notify>,
     clock: Clock,
     label: OnceLock<Arc<LayerName>>,
+    /// The name of the circuit that this one is a fork of. Used until this one gets a name.
+    inherited_label: Option<Arc<LayerName>>,
     rejected: AtomicU64,
     /// Shadow mode: admits all calls, and counts those that it would reject.
     shadow: AtomicBool,
@@ -116,6 +118,7 @@ impl Circuit {
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
             label: OnceLock::new(),
+            inherited_label: None,
             rejected: AtomicU64::new(0),
             shadow: AtomicBool::new(false),
             shadowed: AtomicU64::new(0),
@@ -130,6 +133,13 @@ impl Circuit {
             half_opened: RepeatedEvent::new(),
             reopened: RepeatedEvent::new(),
         }
+    }
+
+    /// Returns a new circuit with the rules, the settings and the name of this one. It can get another name.
+    pub(super) fn fork(&self) -> Self {
+        let mut new = self.like(false);
+        new.inherited_label = self.label().cloned();
+        new
     }
 
     /// Returns a new circuit with the rules and settings of this one, and without its name.
@@ -155,7 +165,11 @@ impl Circuit {
     }
 
     pub(super) fn named(&self) -> &str {
-        self.label.get().map_or("", |label| &*label.name)
+        self.label().map_or("", |label| &*label.name)
+    }
+
+    fn label(&self) -> Option<&Arc<LayerName>> {
+        self.label.get().or(self.inherited_label.as_ref())
     }
 
     /// Changes the settings. Wakes waiters, because the new settings may admit them.
@@ -584,7 +598,7 @@ impl Circuit {
             reason = kind.as_str(),
             "call rejected"
         );
-        Rejected::by(LayerKind::CircuitBreaker, kind).labelled(self.label.get().cloned())
+        Rejected::by(LayerKind::CircuitBreaker, kind).labelled(self.label().cloned())
     }
 }
 

@@ -196,28 +196,26 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         KeyedCircuitBreakerLayer::new(PerOrigin, self.plan, fns)
     }
 
-    /// Sets the name that rejections, events and snapshots contain. The first name stays. An empty name has no effect.
+    /// Sets the name that rejections, events and snapshots contain. The first name stays, and a layer
+    /// that gets a circuit of its own can get a name again. An empty name has no effect.
     pub fn name(mut self, name: &str) -> Self {
-        self.fork_if_in_use(name);
+        self.fork_if_in_use();
         self.plan.policy.name(name);
         self
     }
 
     /// Changes a setting. A layer that has built a service gets a circuit of its own first.
     fn set(mut self, set: impl FnOnce(&CircuitBreakerHandle) -> Result<(), ConfigError>) -> Self {
-        self.fork_if_in_use("");
+        self.fork_if_in_use();
         let checked = set(&self.handle());
         self.plan.accept(checked);
         self
     }
 
-    /// Gives a layer that has built a service a circuit of its own, with this name or else the present one.
-    fn fork_if_in_use(&mut self, name: &str) {
-        let policy = &mut self.plan.policy;
-        if policy.is_in_use() {
-            let fork = policy.fork();
-            fork.name(if name.is_empty() { policy.named() } else { name });
-            *policy = fork;
+    /// Gives a layer that has built a service a circuit of its own.
+    fn fork_if_in_use(&mut self) {
+        if self.plan.policy.is_in_use() {
+            self.plan.policy = self.plan.policy.fork();
         }
     }
 

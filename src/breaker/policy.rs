@@ -47,7 +47,7 @@ impl Breaker {
 
     /// Returns a breaker of its own with the rules and settings of this one.
     pub(super) fn fork(&self) -> Self {
-        Self::of(self.like(false))
+        Self::of(Circuit::fork(self))
     }
 
     fn of(circuit: Circuit) -> Self {
