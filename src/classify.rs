@@ -5,7 +5,7 @@
 //! 1. `Classifier::begin` records what the classification needs of the request, before the inner service consumes it.
 //! 2. `Classifier::wrap` converts the response of the inner service into the response of the layer. For HTTP the body
 //!    becomes a [`TrackedBody`] that holds no permit yet.
-//! 3. `Classifier::judge` classifies the response head or the error. It releases the permit, or moves it into the body,
+//! 3. `Classifier::classify` classifies the response head or the error. It releases the permit, or moves it into the body,
 //!    which releases it at its end ([`Eos`]).
 //!
 //! Steps 2 and 3 are separate because a response is large: the response is converted once, and then inspected and
@@ -86,7 +86,7 @@ pub trait Classifier<Req, Res, E>: Clone + Send + Sync + 'static {
     /// Classifies a response or an error. Releases the permit, or moves it into the response body.
     ///
     /// All three are passed by reference: a value that is moved after it was inspected is copied each time.
-    fn judge<G: StateRef>(
+    fn classify<G: StateRef>(
         call: Self::Call,
         result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
@@ -204,7 +204,7 @@ where
     }
 
     #[inline]
-    fn judge<G: StateRef>(
+    fn classify<G: StateRef>(
         call: HttpCall,
         result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
@@ -233,7 +233,7 @@ impl<ReqB, E> Classifier<Request<ReqB>, Never, E> for Http {
         response
     }
 
-    fn judge<G: StateRef>((): (), _: Result<&mut Never, &E>, _: &mut Permit<G>) {}
+    fn classify<G: StateRef>((): (), _: Result<&mut Never, &E>, _: &mut Permit<G>) {}
 }
 
 /// [`Http`] with a closure that classifies the response head. The response body is tracked as with [`Http`].
@@ -274,7 +274,7 @@ where
         response.map(TrackedBody::untracked)
     }
 
-    fn judge<G: StateRef>(
+    fn classify<G: StateRef>(
         (call, classify): (HttpCall, C),
         result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
@@ -344,7 +344,7 @@ where
     }
 
     #[inline]
-    fn judge<G: StateRef>(classify: C, result: Result<&mut Res, &E>, permit: &mut Permit<G>) {
+    fn classify<G: StateRef>(classify: C, result: Result<&mut Res, &E>, permit: &mut Permit<G>) {
         permit.release_mut(classify(result.map(|response| &*response)));
     }
 }
@@ -367,7 +367,7 @@ impl<Req, Res, E: 'static> Classifier<Req, Res, E> for PerResponse {
     }
 
     #[inline]
-    fn judge<G: StateRef>((): (), result: Result<&mut Res, &E>, permit: &mut Permit<G>) {
+    fn classify<G: StateRef>((): (), result: Result<&mut Res, &E>, permit: &mut Permit<G>) {
         permit.release_mut(match result {
             Ok(_) => Outcome::success(),
             Err(error) => rule::of_any_error(error),
@@ -418,7 +418,7 @@ where
         response.map(TrackedBody::untracked)
     }
 
-    fn judge<G: StateRef>(
+    fn classify<G: StateRef>(
         call: M::Classifier,
         result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,

@@ -27,7 +27,7 @@ use crate::{
 // ===== 1. The state: what the layer, its services and its handle share. It receives the outcome of each call. =====
 
 #[derive(Debug, Default)]
-struct Maintenance {
+pub struct Maintenance {
     is_closed: AtomicBool,
     /// Wakes callers that wait for the inner service when the layer is closed.
     changed: Arc<Notify>,
@@ -90,8 +90,12 @@ admission_layer! {
 
 impl MaintenanceLayer {
     fn http() -> Self {
-        let plan =
-            Plan { policy: Arc::default(), protocol: Http, reject: AsError, fault: Fault::default() };
+        let plan = Plan {
+            policy: Arc::default(),
+            protocol: Http,
+            reject: AsError,
+            fault: Fault::default(),
+        };
         Self { plan }
     }
 }

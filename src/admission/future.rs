@@ -130,7 +130,7 @@ where
                                 None => permit.record_wait(what),
                             }
                             set_clock(permit, mark);
-                            M::judge(taken(call), Err(&error), permit);
+                            M::classify(taken(call), Err(&error), permit);
                             return Poll::Ready(Err(R::error(error)));
                         }
                         Poll::Pending => {
@@ -145,7 +145,7 @@ where
                     // Classified in place: moving the response once more would copy it.
                     if let Poll::Ready(Ok(response)) = &mut response {
                         set_clock(permit, mark);
-                        M::judge(taken(call), Ok(response), permit);
+                        M::classify(taken(call), Ok(response), permit);
                     }
                     return response;
                 }
@@ -176,7 +176,7 @@ where
                     else {
                         unreachable!("polled after completion")
                     };
-                    return Poll::Ready(reject.refuse(form, rejected));
+                    return Poll::Ready(reject.reject(form, rejected));
                 }
             }
         }

@@ -14,6 +14,7 @@
 
 mod closed;
 #[cfg(all(test, not(buttress_loom)))]
+#[allow(dead_code, unreachable_pub)] // The layer has more setters than its test uses.
 mod example;
 mod future;
 mod layer;

@@ -164,7 +164,7 @@ where
         let mut form = None;
         let state = match admit {
             Admit::Pass(pass) if self.readiness == Readiness::Ready => {
-                let mut guard = CallGuard::<Req, P>::new(&self.policy, pass);
+                let mut guard = PassGuard::<Req, P>::new(&self.policy, pass);
                 let (mut deadline, mut mark) = (None, None);
                 if self.policy.attributes() {
                     // Read before the call, because code that may panic after it makes the compiler copy the inner
@@ -204,13 +204,13 @@ where
 
 /// A call between its admission and the return of the inner `call`. Dropping it ends the call, so that a panic releases
 /// the permit: as cancelled if the classifier panics before the inner call, and as failed if the inner call panics.
-struct CallGuard<'a, Req, P: Policy<Req>> {
+struct PassGuard<'a, Req, P: Policy<Req>> {
     policy: &'a P,
     pass: Option<P::Pass>,
     drop_as: Outcome,
 }
 
-impl<'a, Req, P: Policy<Req>> CallGuard<'a, Req, P> {
+impl<'a, Req, P: Policy<Req>> PassGuard<'a, Req, P> {
     #[inline]
     fn new(policy: &'a P, pass: P::Pass) -> Self {
         Self { policy, pass: Some(pass), drop_as: Outcome::cancelled() }
@@ -226,7 +226,7 @@ impl<'a, Req, P: Policy<Req>> CallGuard<'a, Req, P> {
     }
 }
 
-impl<Req, P: Policy<Req>> Drop for CallGuard<'_, Req, P> {
+impl<Req, P: Policy<Req>> Drop for PassGuard<'_, Req, P> {
     #[inline]
     fn drop(&mut self) {
         if let Some(pass) = self.pass.take() {

@@ -49,16 +49,16 @@ impl Target {
 
 /// Keys of earlier versions, and the keys that replace them.
 const RENAMED: &[(&str, &str)] = &[
-    ("breaker_probe_timeout", "breaker_probe_timeout"),
-    ("deadline_max", "deadline_max"),
-    ("deadline_reserve", "deadline_reserve"),
-    ("hedge_max_replay_bytes", "hedge_max_replay_bytes"),
-    ("retry_max_drain_bytes", "retry_max_drain_bytes"),
+    ("breaker_probe_lease", "breaker_probe_timeout"),
+    ("deadline_at_most", "deadline_max"),
+    ("deadline_keep_back", "deadline_reserve"),
+    ("hedge_replay_up_to", "hedge_max_replay_bytes"),
+    ("retry_drain_up_to", "retry_max_drain_bytes"),
     ("retry_longest_wait", "retry_max_wait"),
-    ("retry_max_replay_bytes", "retry_max_replay_bytes"),
-    ("timeout_response_idle", "timeout_response_idle"),
-    ("timeout_request_idle", "timeout_request_idle"),
-    ("timeout_request_stall", "timeout_request_stall"),
+    ("retry_replay_up_to", "retry_max_replay_bytes"),
+    ("timeout_idle", "timeout_response_idle"),
+    ("timeout_sending", "timeout_request_idle"),
+    ("timeout_taking", "timeout_request_stall"),
 ];
 
 /// Returns the key that replaces this key of an earlier version.

@@ -125,7 +125,7 @@ impl ConcurrencyLimitHandle {
     /// # Errors
     ///
     /// Returns a [`Rejected`] if the limit is reached and the queue is full or absent, or if the maximum waiting time
-    /// has passed. A limit that [rejects by priority](super::partition::PartitionedLimitLayer::shed_by_priority) may also reject
+    /// has passed. A limit that [rejects by priority](super::partition::PartitionedLimitLayer::reject_by_priority) may also reject
     /// it in favour of calls above the normal priority.
     ///
     /// # Panics

@@ -138,12 +138,12 @@ impl Queue {
     pub(super) fn fork(&self) -> Self {
         let mut fork = Self { order: self.order, ..Self::default() };
         fork.set_shares(&self.shares.ratios());
-        fork.set_shed_by_priority(self.threshold.is_some());
+        fork.set_reject_by_priority(self.threshold.is_some());
         fork
     }
 
     /// Turns rejection by priority on or off.
-    pub(super) fn set_shed_by_priority(&mut self, on: bool) {
+    pub(super) fn set_reject_by_priority(&mut self, on: bool) {
         self.threshold = on.then(PriorityThreshold::new);
         if !on {
             self.ranks.clear();

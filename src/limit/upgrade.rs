@@ -296,12 +296,12 @@ where
         M::wrap(response)
     }
 
-    fn judge<G: StateRef>(
+    fn classify<G: StateRef>(
         mut upgradable: UpgradableCall<M::Call>,
         result: Result<&mut M::Response, &E>,
         _: &mut Permit<G>,
     ) {
         upgradable.measuring_permit.set_clock();
-        M::judge(upgradable.call, result, &mut upgradable.measuring_permit.permit);
+        M::classify(upgradable.call, result, &mut upgradable.measuring_permit.permit);
     }
 }

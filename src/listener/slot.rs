@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn longest_idle_connection_is_reclaimed_and_busy_ones_are_not() {
+    async fn connection_idle_for_most_time_is_reclaimed_and_busy_ones_are_not() {
         let mut slots = ConnectionSlots::new();
         let (busy, idle) = (slots.occupy(), slots.occupy());
         busy.set_busy();

@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn an_io_error_under_a_box_is_told_by_its_kind() {
+    fn io_error_in_a_box_is_classified_by_its_kind() {
         let boxed: BoxError = Box::new(io::Error::from(io::ErrorKind::ConnectionRefused));
         assert_eq!(of_any_error(&boxed).reason(), Reason::ConnectRefused);
         assert_eq!(of_any_error(&"opaque").reason(), Reason::Error);

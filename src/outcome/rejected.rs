@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_comes_back_when_told_is_not_too_early() {
+    fn retry_after_is_never_shorter_than_the_time_to_retry() {
         let told = |after| Rejected::new(RejectedKind::Open).with_retry_after(after).retry_after();
         let ms = Duration::from_millis;
         assert_eq!(told(Duration::from_nanos(1)), Some(ms(1)));

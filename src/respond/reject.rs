@@ -38,7 +38,7 @@ pub trait RejectSealed<Req, Res, E>: Clone + Send + Sync + 'static {
     fn form(&self, request: &Req) -> ResponseFormat;
 
     /// Converts the rejection.
-    fn refuse(self, form: ResponseFormat, rejected: Rejected) -> Result<Res, Self::Error>;
+    fn reject(self, form: ResponseFormat, rejected: Rejected) -> Result<Res, Self::Error>;
 
     /// Takes over the request that is rejected. A strategy that responds drains its body, so that the response reaches
     /// a client that still sends the request.
@@ -133,7 +133,7 @@ impl<Req, Res, E: Into<BoxError>> RejectSealed<Req, Res, E> for AsError {
         ResponseFormat::Empty
     }
 
-    fn refuse(self, _: ResponseFormat, rejected: Rejected) -> Result<Res, BoxError> {
+    fn reject(self, _: ResponseFormat, rejected: Rejected) -> Result<Res, BoxError> {
         Err(Box::new(rejected))
     }
 
@@ -236,7 +236,7 @@ impl<ReqB: 'static, B: FromBytes, E> RejectSealed<Request<ReqB>, Response<B>, E>
         ResponseFormat::of(request.method(), request.headers())
     }
 
-    fn refuse(self, form: ResponseFormat, rejected: Rejected) -> Result<Response<B>, E> {
+    fn reject(self, form: ResponseFormat, rejected: Rejected) -> Result<Response<B>, E> {
         Ok(response(form, rejected).map(B::answer))
     }
 
@@ -418,7 +418,7 @@ where
         ResponseFormat::Empty
     }
 
-    fn refuse(self, _: ResponseFormat, rejected: Rejected) -> Result<Res, E> {
+    fn reject(self, _: ResponseFormat, rejected: Rejected) -> Result<Res, E> {
         self.0(&rejected)
     }
 

@@ -283,7 +283,7 @@ where
                     else {
                         unreachable!("polled after completion")
                     };
-                    return Poll::Ready(reject.refuse(timers.form, rejected));
+                    return Poll::Ready(reject.reject(timers.form, rejected));
                 }
             };
             let Some((timers, _)) = this.call else { unreachable!("polled after completion") };

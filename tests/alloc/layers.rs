@@ -189,7 +189,7 @@ fn a_limit_with_room_allocates_nothing_however_it_is_set() {
         assert_eq!(http(limit().release_at_head().name("all").shadow()), 0);
         assert_eq!(http(limit().exempt_paths(["/", "/livez"])), 0);
         assert_eq!(generic(limit().classify_by(by_number).per_response()), 0);
-        let sorted = limit().classify_by(by_number).partitions(&[0.5, 0.5]).shed_by_priority();
+        let sorted = limit().classify_by(by_number).partitions(&[0.5, 0.5]).reject_by_priority();
         assert_eq!(generic(sorted.per_response()), 0);
         assert_eq!(http(limit().classify_by(by_path).partitions(&[0.5, 0.5]).respond()), 0);
         // The permit that the call and the handler share, and its entry in the extensions of the request.

@@ -262,7 +262,7 @@ async fn config_of_nobody_there_fails_in_good_time() {
 /// Serves a whole stack on both sides: the handler waits for `before` and then calls `next` with the rest of the
 /// deadline of its caller.
 async fn hop(next: SocketAddr, before: Duration) -> SocketAddr {
-    let settings = "deadline_header = 'x-left'\ndeadline_keep_back = '40ms'\ndeadline_default = '2s'\ntimeout_head = '1500ms'\n\
+    let settings = "deadline_header = 'x-left'\ndeadline_reserve = '40ms'\ndeadline_default = '2s'\ntimeout_head = '1500ms'\n\
                     retry_attempts = 1\nconnect_timeout = '1s'\nconnect_queue_wait = '1s'\nlimit_queue_wait = '1s'";
     let client = buttress::client::<Body>(&ClientConfig::from_toml(settings).unwrap()).unwrap();
     let handler = async move |Extension(deadline): Extension<Deadline>| {

@@ -23,8 +23,8 @@ impl Limiter {
     }
 
     /// Turns rejection by priority on or off.
-    pub(crate) fn set_shed_by_priority(&self, on: bool) {
-        self.lock().set_shed_by_priority(on);
+    pub(crate) fn set_reject_by_priority(&self, on: bool) {
+        self.lock().set_reject_by_priority(on);
         self.is_partitioned.store(true, Ordering::Relaxed);
     }
 
@@ -42,7 +42,7 @@ impl Limiter {
     }
 
     /// Returns the priority below which calls are rejected, if there is one.
-    pub(crate) fn shed_below(&self) -> Option<Priority> {
+    pub(crate) fn reject_below(&self) -> Option<Priority> {
         self.lock().threshold.as_ref().and_then(PriorityThreshold::get)
     }
 

@@ -47,7 +47,7 @@ fn fork_has_the_settings_and_no_calls() {
     limiter.set_max_unread(Some(Duration::from_secs(4)));
     limiter.set_exempts_health(false);
     limiter.set_shares(&[0.5, 0.25]);
-    limiter.set_shed_by_priority(true);
+    limiter.set_reject_by_priority(true);
     limiter.set_name("first");
     limiter.set_in_use();
     let _ = limiter.reject(RejectedKind::Full);

@@ -88,8 +88,8 @@ impl<K, M, R> PartitionedLimitLayer<K, M, R> {
 
     /// Turns on rejection by priority: under overload, the calls of the lowest priority are rejected, and every server
     /// rejects the same ones. See [`Priority`](super::class::Priority).
-    pub fn shed_by_priority(self) -> Self {
-        self.set(Ok(()), |limiter| limiter.set_shed_by_priority(true))
+    pub fn reject_by_priority(self) -> Self {
+        self.set(Ok(()), |limiter| limiter.set_reject_by_priority(true))
     }
 
     /// Returns a handle that observes and changes the limit.
@@ -139,10 +139,10 @@ impl PartitionedLimitHandle {
     }
 
     /// Returns the priority below which calls are rejected now, with
-    /// [`shed_by_priority`](PartitionedLimitLayer::shed_by_priority). `None` while no priority is rejected.
+    /// [`reject_by_priority`](PartitionedLimitLayer::reject_by_priority). `None` while no priority is rejected.
     #[must_use]
-    pub fn shed_below(&self) -> Option<Priority> {
-        self.0.0.shed_below()
+    pub fn reject_below(&self) -> Option<Priority> {
+        self.0.0.reject_below()
     }
 
     /// Sets the shares of the partitions at run time, as [`PartitionedLimitLayer::partitions`] does.
@@ -156,8 +156,8 @@ impl PartitionedLimitHandle {
         Ok(())
     }
 
-    /// Turns rejection by priority on or off, as [`shed_by_priority`](PartitionedLimitLayer::shed_by_priority) does.
-    pub fn set_shed_by_priority(&self, on: bool) {
-        self.0.0.set_shed_by_priority(on);
+    /// Turns rejection by priority on or off, as [`reject_by_priority`](PartitionedLimitLayer::reject_by_priority) does.
+    pub fn set_reject_by_priority(&self, on: bool) {
+        self.0.0.set_reject_by_priority(on);
     }
 }

@@ -19,7 +19,7 @@
 //!         }
 //!     })
 //!     .partitions(&[0.7, 0.3])
-//!     .shed_by_priority()
+//!     .reject_by_priority()
 //!     .respond();
 //! let app: Router = Router::new().route("/search", get(|| async { "…" })).layer(limit);
 //! ```
@@ -49,7 +49,7 @@
 //!
 //! # Priorities
 //!
-//! [`shed_by_priority`](PartitionedLimitLayer::shed_by_priority) maintains a priority threshold: calls whose priority is
+//! [`reject_by_priority`](PartitionedLimitLayer::reject_by_priority) maintains a priority threshold: calls whose priority is
 //! below it are rejected before they can queue. The threshold is recomputed once per second, or after 2000 calls if that is earlier:
 //!
 //! - If more than a twentieth of the calls above the threshold found no permit, the threshold is set so that the number of

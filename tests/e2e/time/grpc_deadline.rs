@@ -153,7 +153,7 @@ fn deadline_and_breaker(addr: SocketAddr, responds: bool) -> Stack {
 }
 
 fn ready_made(addr: SocketAddr, responds: bool) -> Stack {
-    let toml = "deadline_default = '60ms'\ndeadline_at_most = '9s'\nretry_attempts = 1\n\
+    let toml = "deadline_default = '60ms'\ndeadline_max = '9s'\nretry_attempts = 1\n\
                 limit_max = 1000\nlimit_queue = 0\nconnect_queue = 0\nbreaker_failures = 1000000";
     let stack = ClientStack::new(&ClientConfig::from_toml(toml).unwrap()).unwrap();
     let handle = stack.handle();

@@ -107,12 +107,12 @@ fn hedge_attempt_that_is_due_when_the_attempt_is_over_is_an_error() {
 #[test]
 fn a_deadline_of_which_nothing_is_left() {
     one(
-        "deadline_default = '90s'\ndeadline_keep_back = '90s'",
-        "deadline_default = '90s'\ndeadline_keep_back = '89s'",
+        "deadline_default = '90s'\ndeadline_reserve = '90s'",
+        "deadline_default = '90s'\ndeadline_reserve = '89s'",
         "`deadline_reserve` is 1m 30s: it leaves a call nothing of its 1m 30s (`deadline_default`), so every call would be \
          rejected: use less, such as 9s",
     );
-    let server = "deadline_max = '1s'\ndeadline_keep_back = '999500us'";
+    let server = "deadline_max = '1s'\ndeadline_reserve = '999500us'";
     let told = ServerConfig::from_toml(server).unwrap().check().unwrap_err();
     assert!(told.to_string().contains("(`deadline_max`)"), "in whole milliseconds: {told}");
 }

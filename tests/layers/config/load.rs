@@ -433,7 +433,7 @@ fn misspelt_keys_are_errors_although_service_links_are_ignored() {
 fn explain_states_the_maximum_of_a_header() {
     for (toml, note) in [
         ("deadline_default = '10s'", "at most 10s (`deadline_default`)"),
-        ("deadline_default = '10s'\ndeadline_at_most = '30s'", "at most 30s (`deadline_max`)"),
+        ("deadline_default = '10s'\ndeadline_max = '30s'", "at most 30s (`deadline_max`)"),
         ("", "has no maximum: set `deadline_default` or `deadline_max`"),
     ] {
         let explained = ServerConfig::from_toml(toml).unwrap().explain();

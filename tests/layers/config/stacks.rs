@@ -61,7 +61,7 @@ where
 #[tokio::test(start_paused = true)]
 async fn deadline_of_the_application_replaces_the_default_and_the_maximum_of_a_client_stack() {
     for preset in [ConfigPreset::Internal, ConfigPreset::Slow] {
-        let toml = "deadline_default = '10s'\ndeadline_at_most = '20s'\ntimeout_head = 'off'\n\
+        let toml = "deadline_default = '10s'\ndeadline_max = '20s'\ntimeout_head = 'off'\n\
                     deadline_header = 'x-request-timeout-ms'\nlimit_queue_wait = '1s'\nconnect_queue_wait = '1s'";
         let config = ClientConfig::load("search").preset(preset).toml(toml).finish().unwrap();
         let (stack, script) = (ClientStack::new(&config).unwrap(), Script::default());
@@ -285,8 +285,8 @@ async fn whatever_becomes_of_calls_the_figures_add_up() {
 /// start. The error and the counters state the phase.
 #[tokio::test(start_paused = true)]
 async fn a_deadline_is_kept_in_whatever_phase_a_call_is() {
-    let off = "timeout_head = 'off'\ntimeout_sending = 'off'\ntimeout_taking = 'off'\n\
-               timeout_first_frame = 'off'\ntimeout_idle = 'off'\nlimit_max = 1\ndeadline_default = '6s'";
+    let off = "timeout_head = 'off'\ntimeout_request_idle = 'off'\ntimeout_request_stall = 'off'\n\
+               timeout_first_frame = 'off'\ntimeout_response_idle = 'off'\nlimit_max = 1\ndeadline_default = '6s'";
     for attempts in [1, 3] {
         let config = format!("{off}\nretry_attempts = {attempts}");
         let stack = ClientStack::new(&ClientConfig::from_toml(&config).unwrap()).unwrap();
@@ -368,7 +368,7 @@ async fn settings_change_while_it_runs_and_what_cannot_is_told() {
     );
     took(5).await;
     // All settings of the deadline change, except the header.
-    let kept = "deadline_default = '50s'\ndeadline_at_most = '9s'\ndeadline_keep_back = '2s'\nretry_attempts = 1";
+    let kept = "deadline_default = '50s'\ndeadline_max = '9s'\ndeadline_reserve = '2s'\nretry_attempts = 1";
     assert!(
         !handle
             .update(&ClientConfig::from_toml(kept).unwrap())

@@ -98,7 +98,7 @@ async fn a_sorter_that_panics_takes_no_place() {
         None => panic!("a request without a claim"),
     };
     let layer =
-        ConcurrencyLimitLayer::new(1).classify_by(sort).partitions(&[1.0]).shed_by_priority();
+        ConcurrencyLimitLayer::new(1).classify_by(sort).partitions(&[1.0]).reject_by_priority();
     let (inner, watch) = Strict::new();
     let (mut service, handle) = (layer.layer(inner), layer.handle());
     service.ready().await.unwrap();
@@ -566,7 +566,7 @@ impl ClassifyCall<Priority> for Itself {
 /// succeeded: those of users with high lots, and those of users with low ones.
 async fn served(calls: usize, draw: fn(u64, usize) -> Priority) -> [f64; 2] {
     let layer = ConcurrencyLimitLayer::new(20).queue(20, Duration::from_millis(50)).per_response();
-    let layer = layer.classify_by(Itself).shed_by_priority();
+    let layer = layer.classify_by(Itself).reject_by_priority();
     let service = layer.layer(service_fn(|_: Priority| async {
         sleep(Duration::from_millis(10)).await;
         Ok::<_, Oops>(())
@@ -633,14 +633,14 @@ async fn a_priority_that_stays_the_same_serves_whole_requests() {
 #[tokio::test(start_paused = true)]
 async fn nothing_is_shed_by_priority_while_there_is_room() {
     let layer =
-        ConcurrencyLimitLayer::new(20).per_response().classify_by(Itself).shed_by_priority();
+        ConcurrencyLimitLayer::new(20).per_response().classify_by(Itself).reject_by_priority();
     let service = layer.layer(service_fn(|_: Priority| std::future::ready(Ok::<_, Oops>(()))));
     for user in 0..10_000_u64 {
         advance(Duration::from_millis(1)).await;
         service.clone().oneshot(by_user(user, 0)).await.unwrap();
     }
     assert_eq!(
-        (layer.handle().limit().snapshot().rejected_outranked, layer.handle().shed_below()),
+        (layer.handle().limit().snapshot().rejected_outranked, layer.handle().reject_below()),
         (0, None)
     );
 }
@@ -654,7 +654,7 @@ fn worth(service: &Limit, priority: Priority) -> Call {
 #[tokio::test(start_paused = true)]
 async fn in_a_full_queue_who_is_worth_least_gives_way() {
     let layer = ConcurrencyLimitLayer::new(1).queue(2, Duration::from_secs(5));
-    let layer = layer.classify_by(asked as ByRequest).shed_by_priority();
+    let layer = layer.classify_by(asked as ByRequest).reject_by_priority();
     let (inner, watch) = Strict::holding();
     let (service, handle) = (layer.layer(inner), layer.handle());
     let mut first = worth(&service, Priority::SHEDDABLE);
@@ -691,7 +691,7 @@ async fn in_a_full_queue_who_is_worth_least_gives_way() {
 /// Any queued call has at least the priority of a call that is rejected because the queue is full.
 async fn by_worth(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
     let layer = ConcurrencyLimitLayer::new(limit).queue(4, Duration::from_secs(5));
-    let layer = layer.classify_by(asked as ByRequest).shed_by_priority();
+    let layer = layer.classify_by(asked as ByRequest).reject_by_priority();
     let (inner, watch) = Strict::holding();
     let (service, handle) = (layer.layer(inner), layer.handle());
     // Each call with its priority, and whether it has a permit.
@@ -745,7 +745,7 @@ async fn by_worth(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
 async fn a_cut_goes_when_the_load_goes() {
     let (service, watch, handle) = {
         let layer =
-            ConcurrencyLimitLayer::new(2).classify_by(asked as ByRequest).shed_by_priority();
+            ConcurrencyLimitLayer::new(2).classify_by(asked as ByRequest).reject_by_priority();
         let (inner, watch) = Strict::holding();
         (layer.layer(inner), watch, layer.handle())
     };
@@ -762,7 +762,7 @@ async fn a_cut_goes_when_the_load_goes() {
         }
         outranked = handle.limit().snapshot().rejected_outranked;
     }
-    assert!(outranked > 1000 && handle.shed_below().is_some());
+    assert!(outranked > 1000 && handle.reject_below().is_some());
     held.clear();
     assert_eq!((watch.seen().in_flight, handle.limit().in_flight()), (0, 0));
     let mut refused_late = 0;
@@ -777,7 +777,7 @@ async fn a_cut_goes_when_the_load_goes() {
             }
         }
     }
-    assert_eq!(handle.shed_below(), None);
+    assert_eq!(handle.reject_below(), None);
     assert!(refused_late < 15_000, "{refused_late}");
 }
 
@@ -798,7 +798,7 @@ impl Drop for Inside {
 async fn many_threads_of_all_kinds_lose_nothing() {
     let layer = ConcurrencyLimitLayer::new(4).queue(16, Duration::from_secs(60)).per_response();
     let sort: fn(&CallClass) -> CallClass = |claim| *claim;
-    let layer = layer.classify_by(sort).partitions(&[0.5, 0.25]).shed_by_priority();
+    let layer = layer.classify_by(sort).partitions(&[0.5, 0.25]).reject_by_priority();
     let handle = layer.handle();
     let busy = Arc::new((AtomicU32::new(0), AtomicU32::new(0)));
     let seen = busy.clone();

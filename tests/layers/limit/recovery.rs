@@ -30,7 +30,7 @@ async fn a_burst_under_the_limit_leaves_no_dead_work_behind() {
     burst(limit()).await;
     // The same with partitions and priorities.
     let sorted = limit().classify_by(|_: &Request<()>| CallClass::default().partition(0));
-    let layer = sorted.partitions(&[1.0]).shed_by_priority();
+    let layer = sorted.partitions(&[1.0]).reject_by_priority();
     burst(layer).await;
 }
 
