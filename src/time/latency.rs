@@ -67,9 +67,14 @@ impl RecentLatency {
         let mut rank = ((self.count() as f64 * share.clamp(0.0, 1.0)).ceil() as u64).max(1);
         for octave in 0..self.current.octaves.len().max(self.previous.octaves.len()) {
             let both = [self.current.octave(octave), self.previous.octave(octave)];
-            for bucket in 0..both.map(<[u32]>::len).into_iter().max().unwrap_or(0) {
-                let counts = both.map(|buckets| buckets.get(bucket).copied().unwrap_or(0));
-                let count = counts.into_iter().map(u64::from).sum();
+            let count: u64 = both.map(|(count, _)| count).into_iter().sum();
+            if rank > count {
+                rank -= count;
+                continue;
+            }
+            for bucket in 0..BUCKETS {
+                let counts = both.map(|(_, buckets)| buckets.get(bucket).copied().unwrap_or(0));
+                let count: u64 = counts.into_iter().map(u64::from).sum();
                 if rank <= count {
                     return Some(max_of(octave, bucket));
                 }
@@ -82,33 +87,48 @@ impl RecentLatency {
 
 #[derive(Debug, Default)]
 struct Histogram {
-    /// The counts of the buckets by octave. Empty for an octave without latencies.
-    octaves: Vec<Vec<u32>>,
+    octaves: Vec<Octave>,
     /// The sum of all counts.
     count: u64,
+}
+
+#[derive(Debug, Default)]
+struct Octave {
+    /// The sum of the counts.
+    count: u64,
+    /// The counts of the buckets. Empty before the first latency of the octave.
+    buckets: Vec<u32>,
 }
 
 impl Histogram {
     fn record(&mut self, latency: Duration) {
         let (octave, bucket) = bucket_of(latency);
         if self.octaves.len() <= octave {
-            self.octaves.resize_with(octave + 1, Vec::new);
+            self.octaves.resize_with(octave + 1, Octave::default);
         }
-        let buckets = &mut self.octaves[octave];
-        if buckets.is_empty() {
-            *buckets = vec![0; BUCKETS];
+        let octave = &mut self.octaves[octave];
+        if octave.buckets.is_empty() {
+            octave.buckets = vec![0; BUCKETS];
         }
-        buckets[bucket] = buckets[bucket].saturating_add(1);
+        octave.buckets[bucket] = octave.buckets[bucket].saturating_add(1);
+        octave.count += 1;
         self.count += 1;
     }
 
-    fn octave(&self, octave: usize) -> &[u32] {
-        self.octaves.get(octave).map_or(&[], Vec::as_slice)
+    /// Returns the sum of the counts of an octave, and the counts.
+    fn octave(&self, octave: usize) -> (u64, &[u32]) {
+        match self.octaves.get(octave) {
+            Some(octave) => (octave.count, octave.buckets.as_slice()),
+            None => (0, &[]),
+        }
     }
 
     /// Sets all counts to zero. The memory stays allocated, because the next latencies are probably similar.
     fn clear(&mut self) {
-        self.octaves.iter_mut().for_each(|buckets| buckets.fill(0));
+        for octave in &mut self.octaves {
+            octave.buckets.fill(0);
+            octave.count = 0;
+        }
         self.count = 0;
     }
 }
