@@ -6,7 +6,7 @@
 //! 2. `Classifier::wrap` converts the response of the inner service into the response of the layer. For HTTP the body
 //!    becomes a [`TrackedBody`] that holds no permit yet.
 //! 3. `Classifier::classify` classifies the response head or the error. It releases the permit, or moves it into the body,
-//!    which releases it at its end ([`Eos`]).
+//!    which releases it at its end (`Eos`).
 //!
 //! Steps 2 and 3 are separate because a response is large: the response is converted once, and then inspected and
 //! changed in place.

@@ -67,7 +67,7 @@
 //! | concurrency limit, circuit breaker | a call that an open circuit rejects has to wait for a permit first |
 //! | timeout, retry | the timeout bounds all attempts together, and the breaker does not count a slow attempt as a failure |
 //! | on a server: limit, health endpoints | a full server responds to its probes with 503, and is removed or restarted |
-//! | `axum`'s or tower's `Timeout`, any layer of this crate | the timeout drops calls in flight, which count as [hang-ups of the caller](call#which-side-caused-it): failures only after `count_cancelled_after` |
+//! | `axum`'s or tower's `Timeout`, any layer of this crate | the timeout drops calls in flight, which count as [hang-ups of the caller](outcome#which-side-caused-it): failures only after `count_cancelled_after` |
 //!
 //! | layer of tower-http | position on a server | in any other position |
 //! |---|---|---|
@@ -77,13 +77,13 @@
 //! | `CompressionLayer` | inside or outside of the limit; outside of the timeout | the timeout measures the compressed frames instead of the frames of the service |
 //!
 //! A browser closes an `EventSource` permanently after a 503, and does not expose the response to a failed WebSocket
-//! handshake to scripts. [`Respond`](call::Respond#browsers) states the remedies.
+//! handshake to scripts. [`Respond`](respond::Respond#browsers) states the remedies.
 //!
 //! # What counts against an upstream
 //!
 //! Only failures that the upstream caused count against it. A caller that hangs up, has a short deadline, sends slowly
 //! or reads slowly opens no circuit, lowers no adaptive limit and holds no half-open probe slot. The same holds for
-//! connections that servers close as a matter of routine. One [table](call#which-side-caused-it) states how every layer
+//! connections that servers close as a matter of routine. One [table](outcome#which-side-caused-it) states how every layer
 //! counts every cause.
 //!
 //! # Errors and responses
@@ -93,7 +93,7 @@
 //! A rejection is a [`Rejected`]. By default it is a boxed error, and [`Rejected::find`] finds it anywhere in a chain
 //! of sources. With `.respond()` it is a response, and the error type stays the same. A [`RespondLayer`] converts the
 //! rejections of all inner layers into responses. A response reaches a client that is still sending its request: the
-//! rest of the request body is [drained](call::Respond#uploads) within bounds.
+//! rest of the request body is [drained](respond::Respond#uploads) within bounds.
 //!
 //! An invalid setting never panics: `checked()` of each layer returns it as a [`ConfigError`]. A layer that is used
 //! without `checked()` reports it in the log.
@@ -112,7 +112,7 @@
 //! `buttress::health`, `buttress::timeout`, `buttress::connect`, `buttress::listener` and `buttress::lifecycle`;
 //! invalid settings of every layer are reported under `buttress::config`.
 //!
-//! The enums with a closed set of values, such as [`RejectedKind`](call::RejectedKind), [`Reason`](call::Reason) and
+//! The enums with a closed set of values, such as [`RejectedKind`](outcome::RejectedKind), [`Reason`](outcome::Reason) and
 //! [`GiveUpReason`](retry::GiveUpReason), have an `as_str()` for the label of a metric. The name of a layer is set by
 //! `.name("search")`.
 //!

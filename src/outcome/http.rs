@@ -149,7 +149,7 @@ impl Outcome {
     /// Classifies an error by the chain of its sources, for classifiers of your own.
     ///
     /// It distinguishes where the connection failed, a timeout, a rejection by an inner layer
-    /// ([`OutcomeKind::Cancelled`]) and [connection housekeeping](Self::is_housekeeping).
+    /// ([`OutcomeKind::Cancelled`](super::OutcomeKind::Cancelled)) and [connection housekeeping](Self::is_housekeeping).
     ///
     /// A connection that breaks before the response is housekeeping if it had delivered a response before, and
     /// a failure if it was new. [`connect::Client`](crate::connect::Client) records whether it was new.

@@ -24,7 +24,7 @@
 //! | the caller hangs up, or its [`Deadline`] passes | cancelled | neutral | releases its slot | neutral | ends the call | ends the call |
 //! | the same, and the upstream had the complete request for `count_cancelled_after` without a response head | failure, [`NoResponse`](Reason::NoResponse) | failure | failed | drop | ends the call | ends the call |
 //! | the upstream reports the caller's deadline: 504, `DEADLINE_EXCEEDED`, or a body cut off at that time | as the deadline itself | neutral | releases its slot | neutral | ends the call | a failed attempt |
-//! | a timeout, or a deadline of the [operator](DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods, before the deadline | a failed attempt |
+//! | a timeout, or a deadline of the [operator](crate::DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods, before the deadline | a failed attempt |
 //! | a timeout that expires during an upload or in the queue of an inner layer, or before the upstream had the request for half of it | cancelled | neutral | releases its slot | neutral | safe methods, before the deadline | a failed attempt |
 //! | a slow upload | as the response | its time is not measured | releases its slot after 100 ms, its outcome still counts | its time is not measured | – | – |
 //! | the request body stalls, is below its minimum rate, or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not retried | a failed attempt |
@@ -53,6 +53,12 @@
 //!
 //! The [breaker](crate::breaker#connection-housekeeping) lists the transports that do not reveal whether a connection
 //! was reused. [`Http`] describes gRPC.
+//!
+//! [`Protocol`]: crate::classify::Protocol
+//! [`Http`]: crate::classify::Http
+//! [`TrackedBody`]: crate::permit::TrackedBody
+//! [`Reject`]: crate::respond::Reject
+//! [`Deadline`]: crate::Deadline
 
 mod attribution;
 mod connection;

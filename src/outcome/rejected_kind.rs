@@ -124,7 +124,7 @@ pub enum TimeoutPhase {
     /// The whole response, from when the request had been sent to the end of the response body.
     ResponseTotal,
     /// The [`Deadline`](crate::time::Deadline) of the request, with the call in flight.
-    /// [`deadline_source`](Rejected::deadline_source) returns the side that set it.
+    /// [`deadline_source`](super::Rejected::deadline_source) returns the side that set it.
     Deadline,
     /// The request body, which arrived more slowly than the minimum rate.
     BodyRate,

@@ -2,15 +2,15 @@
 //!
 //! # Terms
 //!
-//! - A **permit** ([`Permit`]) is the right to make one call. It is released exactly once, with the outcome of the call.
+//! - A **permit** (`Permit`) is the right to make one call. It is released exactly once, with the outcome of the call.
 //!   The future of the call holds it, then the response body ([`TrackedBody`]).
-//! - A **token** ([`Token`]) is the record of the admission that the permit carries: two words whose meaning only the
+//! - A **token** (`Token`) is the record of the admission that the permit carries: two words whose meaning only the
 //!   state that issued them knows. It is plain data, so a permit can be type-erased.
-//! - A **state** implements [`Release`]: a circuit, a limit, a registry of calls. It issues tokens, and receives each of
+//! - A **state** implements `Release`: a circuit, a limit, a registry of calls. It issues tokens, and receives each of
 //!   them with an outcome.
 //! - A **generation** is a counter that increases with each change of the state, or with each reuse of a slot. The token
 //!   contains the generation in which the call was admitted. A release with an older generation changes nothing.
-//! - A **state reference** ([`StateRef`]) is the part of the permit that leads to the state. It is one of the two below.
+//! - A **state reference** (`StateRef`) is the part of the permit that leads to the state. It is one of the two below.
 //!
 //! # Two ways to the state
 //!
@@ -20,8 +20,8 @@
 //!
 //! | mechanism | cost per call | for |
 //! |---|---|---|
-//! | a count: [`ShardedArc`], a reference count in **shards** that threads rarely share, or one `Arc` | two atomic writes | calls that need the whole state at their release: probes, calls that change a circuit, adaptive limits, keyed circuits, attempts |
-//! | a **slot**: a leaked and reused word ([`Slot`]) with a weak way to the state | none | calls whose release needs the word only: calls of a closed circuit, calls of a fixed limit, timed calls |
+//! | a count: `ShardedArc`, a reference count in **shards** that threads rarely share, or one `Arc` | two atomic writes | calls that need the whole state at their release: probes, calls that change a circuit, adaptive limits, keyed circuits, attempts |
+//! | a **slot**: a leaked and reused word (`Slot`) with a weak way to the state | none | calls whose release needs the word only: calls of a closed circuit, calls of a fixed limit, timed calls |
 //!
 //! ```text
 //!              counted                                  leaked
@@ -32,7 +32,7 @@
 //! ```
 //!
 //! The generation makes the leaked mechanism safe: the slot may belong to another layer when a call ends, and the
-//! generation in the token, or in the [`SlotRef`], does not match that of the new owner.
+//! generation in the token, or in the `SlotRef`, does not match that of the new owner.
 //!
 //! # A call, step by step
 //!
@@ -40,9 +40,9 @@
 //! 2. The policy makes the permit of the token and a state reference: the slot if the word suffices for the release, a
 //!    shard otherwise.
 //! 3. The permit records the wait for the upstream and the response head.
-//! 4. The permit is released at the head or at the end of the body, as [`Release::release_at`] states; with a drop at
+//! 4. The permit is released at the head or at the end of the body, as `Release::release_at` states; with a drop at
 //!    any time.
-//! 5. [`Release::release`] receives the token. A slot either handles it by its word, or looks up the state under its
+//! 5. `Release::release` receives the token. A slot either handles it by its word, or looks up the state under its
 //!    lock, with the generation.
 //!
 //! The files explain themselves: `permit` the life of a permit, `release` what a state implements,

@@ -261,7 +261,7 @@ pub trait ClassifyAttempt<Res, E>: SealedProtocol {
         result
     }
 
-    /// Returns whether the result is [marked](Self::sent_before).
+    /// Returns whether the result is [marked](Self::mark_sent_before).
     fn is_sent_before(pending: &Self::Pending) -> bool {
         match Self::response(pending) {
             Some(AttemptResponse::Head(_, _, extensions)) => {
