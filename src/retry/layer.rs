@@ -92,8 +92,8 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    fn with_protocol<N>(mut self, protocol: N) -> RetryLayer<N> {
-        self.fork_if_in_use();
+    /// Returns a layer with the same state, because no service of another clone changes by it.
+    fn with_protocol<N>(self, protocol: N) -> RetryLayer<N> {
         RetryLayer { handle: self.handle, protocol, fault: self.fault }
     }
 }

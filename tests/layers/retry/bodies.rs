@@ -136,7 +136,7 @@ async fn over_the_cap_it_keeps_streaming_and_loses_its_retries() {
     let kib = || Piece::Data(Bytes::from(vec![7; 1024]));
     for answer in [503, 200] {
         let inner = Inner::<ScriptBody>::with(move |_, request| async move {
-            assert_eq!(format!("{:?}", request.body()), "ReplayBody(taped)");
+            assert_eq!(format!("{:?}", request.body()), "ReplayBody(replayable)");
             let (data, end) = read(request.into_body()).await;
             assert_eq!((data.len(), end), (65 * 1024, Some(map(&[("x-sum", "1")]))));
             Ok(status(answer))

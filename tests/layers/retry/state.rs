@@ -46,7 +46,7 @@ async fn handle_changes_a_running_layer() {
     let told = Attempts::of(&response);
     assert_eq!((told.made, told.waited), (5, ms(28)), "an existing service uses the new settings");
     let seen = handle.snapshot();
-    assert_eq!((seen.retries, seen.budget_balance), (4, Some(9.0)));
+    assert_eq!((seen.retries, seen.budget_balance), (4, Some(5.0)));
     handle.set_assume_idempotent(true);
     handle.set_max_wait(Duration::ZERO);
     handle.set_max_replay_bytes(0);
