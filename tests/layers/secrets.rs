@@ -345,7 +345,7 @@ async fn retried(planted: &Planted) -> String {
     shown += &format!("{error} {error:?} {error:#?}");
     let gave_up = error.downcast_ref::<RetryError>().expect("the retry gave up");
     assert_eq!(gave_up.source().and_then(|source| source.downcast_ref()), Some(&leak));
-    assert!(seen.lock().unwrap().contains("Seen"));
+    assert!(seen.lock().unwrap().contains("AttemptContext"));
     let seen = seen.lock().unwrap().clone();
     shown + &seen
 }
