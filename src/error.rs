@@ -122,7 +122,7 @@ impl fmt::Display for Chain<'_> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConfigError {
-    /// The name of the setter, such as `queue.longest_wait`. For an unknown setting the field is `unknown setting`, and
+    /// The name of the setter, such as `queue.max_wait`. For an unknown setting the field is `unknown setting`, and
     /// the [`value`](Self::value) is the unknown name.
     pub field: &'static str,
     /// The value that was set, at most 256 bytes of it. Userinfo, query and fragment of URIs are replaced by `***`.

@@ -1,4 +1,4 @@
-//! What a hedge layer records in requests, responses and errors. Retry layers and classifiers read it.
+//! The records of a hedge layer in requests, responses and errors. Retry layers and classifiers read them.
 
 use std::{error::Error, fmt};
 

@@ -97,7 +97,7 @@ fn with_key(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError
         "thresholds_rise" => "rise",
         "thresholds_fall" => "fall",
         "queue_length" => "queue",
-        "queue_longest_wait" | "queue_max_wait" => "queue_wait",
+        "queue_max_wait" => "queue_wait",
         same => same,
     };
     let row = group.rows().iter().find(|row| row.key.strip_prefix(group.prefix()) == Some(name));

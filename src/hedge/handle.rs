@@ -3,6 +3,9 @@ use std::sync::{Arc, atomic::Ordering};
 use super::settings::HedgeSettings;
 use crate::error::ConfigError;
 
+/// The maximum of [`HedgeLayer::max_hedges`](super::layer::HedgeLayer::max_hedges).
+const MAX_HEDGES: u32 = 10;
+
 /// A handle that reads the counts of a hedge layer and changes its settings while it runs.
 ///
 /// The setters have the values and the errors of the layer's setters. They also change the services that the layer has
@@ -64,5 +67,3 @@ impl HedgeHandle {
         self.0.assume_idempotent.store(all, Ordering::Relaxed);
     }
 }
-
-const MAX_HEDGES: u32 = 10;

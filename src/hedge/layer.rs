@@ -100,11 +100,10 @@ impl<M> HedgeLayer<M> {
     ///
     /// The closure receives the result of the wrapped service as `Result<&Response, &Error>`. Only a success is a good
     /// response. The error type stays the same.
-    pub fn classify<C, Res, E>(mut self, classify: C) -> HedgeLayer<Classify<C>>
+    pub fn classify<C, Res, E>(self, classify: C) -> HedgeLayer<Classify<C>>
     where
         C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
     {
-        self.fork_if_in_use();
         HedgeLayer { handle: self.handle, protocol: Classify(classify), fault: self.fault }
     }
 

@@ -92,7 +92,8 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// Returns a layer with the same state, because no service of another clone changes by it.
+    /// Returns a layer with the same state and another protocol. It is no fork, because a service that was built before
+    /// keeps its protocol.
     fn with_protocol<N>(self, protocol: N) -> RetryLayer<N> {
         RetryLayer { handle: self.handle, protocol, fault: self.fault }
     }

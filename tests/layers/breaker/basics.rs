@@ -756,7 +756,7 @@ async fn changed_tells_of_calls_and_of_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_longest_wait_and_lease_are_no_trouble() {
+async fn maximum_wait_and_probe_timeout_cause_no_overflow() {
     let layer = breaker(1).open_for(Duration::MAX).probe_timeout(Duration::MAX);
     let (service, watch, handle) = closed(layer);
     fail(&service, &watch).await;

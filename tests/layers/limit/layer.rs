@@ -352,7 +352,7 @@ async fn the_queue_is_bounded() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nobody_waits_longer_than_the_longest_wait() {
+async fn call_waits_no_longer_than_the_maximum_wait() {
     let (service, watch, handle) = limit(1, 8);
     let mut first = hold(&service);
     let mut early = hold(&service);
