@@ -126,9 +126,9 @@ impl<Q, V> MapSlots<Q, V> {
         }
     }
 
-    fn swap_remove(&mut self, place: usize) -> MapSlot<Q, V> {
-        let slot = self.list.swap_remove(place);
-        self.tags[place] = self.tags[self.list.len()];
+    fn swap_remove(&mut self, index: usize) -> MapSlot<Q, V> {
+        let slot = self.list.swap_remove(index);
+        self.tags[index] = self.tags[self.list.len()];
         slot
     }
 }
@@ -270,8 +270,8 @@ impl<Q, V> KeyMap<Q, V> {
     /// Returns the shard of this index. `None` only beyond the number of shards.
     #[inline]
     fn shard(&self, index: usize) -> Option<&MapShard<Q, V>> {
-        let (level, place) = level(index);
-        self.levels.get(level)?.get()?.get(place)
+        let (level, index) = level(index);
+        self.levels.get(level)?.get()?.get(index)
     }
 
     #[inline]
@@ -322,12 +322,12 @@ impl<Q, V> KeyMap<Q, V> {
         let (Some(from), Some(to)) = (from, self.shard(shards)) else { return };
         let (mut from, mut to) = (from.write(), to.write());
         self.touches(from.list.len() + to.list.len());
-        let mut place = 0;
-        while let Some(slot) = from.list.get(place) {
+        let mut index = 0;
+        while let Some(slot) = from.list.get(index) {
             if shard_index(slot.hash, shards + 1) == shards {
-                to.push(from.swap_remove(place));
+                to.push(from.swap_remove(index));
             } else {
-                place += 1;
+                index += 1;
             }
         }
         // Published before the locks are released: see the invariants.
@@ -485,12 +485,12 @@ fn remove<Q, V: Evict>(
     now: Instant,
 ) -> Option<Arc<MapEntry<Q, V>>> {
     let is_found = |slot: &MapSlot<Q, V>| address(&slot.entry) == found.address;
-    let place = shard.list.iter().position(is_found)?;
-    let slot = shard.list.get_mut(place)?;
+    let index = shard.list.iter().position(is_found)?;
+    let slot = shard.list.get_mut(index)?;
     let is_same_age = *slot.last_use.get_mut() == found.last_use;
     let entry = Arc::get_mut(&mut slot.entry)?;
     let can_go = is_same_age && entry.value.is_unused() && entry.value.idle_for(now).is_some();
-    can_go.then(|| shard.swap_remove(place).entry)
+    can_go.then(|| shard.swap_remove(index).entry)
 }
 
 /// Counts the bytes of a key, and ignores those beyond a maximum.

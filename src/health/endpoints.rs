@@ -201,7 +201,7 @@ where
                     let Some(response) = response.take() else {
                         unreachable!("polled after completion")
                     };
-                    return Poll::Ready(Ok(response.map(TrackedBody::answer)));
+                    return Poll::Ready(Ok(response.map(TrackedBody::from_bytes)));
                 }
             };
             this.state.set(next);

@@ -88,18 +88,18 @@ fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
 
 /// Returns the outcome of a call that an inner layer rejected: cancelled, with the time to retry. A call that an inner
 /// layer timed out is a failure, unless its caller caused it.
-pub(crate) fn of_rejected(refused: &Rejected) -> Outcome {
-    let outcome = match refused.kind() {
+pub(crate) fn of_rejected(rejected: &Rejected) -> Outcome {
+    let outcome = match rejected.kind() {
         RejectedKind::TimedOut(
             TimeoutPhase::Sending | TimeoutPhase::BodyRate | TimeoutPhase::Unread,
         ) => Outcome::cancelled().because(Reason::Caller),
-        RejectedKind::TimedOut(_) if refused.deadline_source() == Some(DeadlineSource::Caller) => {
+        RejectedKind::TimedOut(_) if rejected.deadline_source() == Some(DeadlineSource::Caller) => {
             Outcome::cancelled().because(Reason::CallerDeadline)
         }
         RejectedKind::TimedOut(_) => Outcome::failure().because(Reason::Timeout),
         _ => Outcome::cancelled().because(Reason::Rejected),
     };
-    match refused.retry_after() {
+    match rejected.retry_after() {
         Some(after) => outcome.with_retry_after(after),
         None => outcome,
     }
@@ -116,8 +116,8 @@ pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
     if let Some(boxed) = any.downcast_ref::<BoxError>() {
         return Some(&**boxed);
     }
-    if let Some(refused) = any.downcast_ref::<Rejected>() {
-        return Some(refused);
+    if let Some(rejected) = any.downcast_ref::<Rejected>() {
+        return Some(rejected);
     }
     #[cfg(feature = "hyper")]
     if let Some(error) = any.downcast_ref::<hyper::Error>() {
@@ -501,9 +501,9 @@ mod tests {
         assert_eq!((timeout.is_failure(), timeout.code()), (true, Some(4)));
         let boxed: BoxError = Box::new(Status::not_found(""));
         assert!(of_any_error(&boxed).is_success());
-        let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
-        let refused = Status::from_error(Box::new(refused));
-        assert_eq!(of_any_error(&refused).reason(), Reason::ConnectRefused);
+        let no_connection = io::Error::from(io::ErrorKind::ConnectionRefused);
+        let status = Status::from_error(Box::new(no_connection));
+        assert_eq!(of_any_error(&status).reason(), Reason::ConnectRefused);
         let rejected = Status::from_error(Box::new(Rejected::new(RejectedKind::Open)));
         assert_eq!(of_any_error(&rejected).reason(), Reason::Rejected);
     }

@@ -239,12 +239,13 @@ mod tests {
 
     #[test]
     fn retry_after_is_never_shorter_than_the_time_to_retry() {
-        let told = |after| Rejected::new(RejectedKind::Open).with_retry_after(after).retry_after();
+        let after_ms =
+            |after| Rejected::new(RejectedKind::Open).with_retry_after(after).retry_after();
         let ms = Duration::from_millis;
-        assert_eq!(told(Duration::from_nanos(1)), Some(ms(1)));
-        assert_eq!(told(ms(1500) + Duration::from_nanos(1)), Some(ms(1501)));
-        assert_eq!((told(ms(1500)), told(Duration::ZERO)), (Some(ms(1500)), Some(ms(0))));
-        assert_eq!(told(Duration::MAX), Some(ms(u64::from(u32::MAX - 1))));
+        assert_eq!(after_ms(Duration::from_nanos(1)), Some(ms(1)));
+        assert_eq!(after_ms(ms(1500) + Duration::from_nanos(1)), Some(ms(1501)));
+        assert_eq!((after_ms(ms(1500)), after_ms(Duration::ZERO)), (Some(ms(1500)), Some(ms(0))));
+        assert_eq!(after_ms(Duration::MAX), Some(ms(u64::from(u32::MAX - 1))));
     }
 
     #[test]

@@ -117,7 +117,7 @@ fn quota(headers: &HeaderMap) -> Option<Duration> {
 /// Parses a `RateLimit` header: `"name";r=0;t=30, …`, or a single quota as `limit=100, remaining=0, reset=30` in older
 /// drafts. Returns the longest time to reset of the quotas that are used up.
 fn rate_limit(text: &str) -> Option<Duration> {
-    let mut longest = None;
+    let mut max_reset = None;
     let (mut left, mut reset) = (None, None);
     for quota in text.split(',').take(MOST_QUOTAS) {
         for part in quota.split(';').take(MOST_QUOTAS) {
@@ -129,14 +129,14 @@ fn rate_limit(text: &str) -> Option<Duration> {
             }
         }
         if left == Some(0) && reset.is_some() {
-            longest = longest.max(reset);
+            max_reset = max_reset.max(reset);
         }
         // A member with a name in quotes is a quota of its own. The members of the older form together are one quota.
         if quota.trim_start().starts_with('"') {
             (left, reset) = (None, None);
         }
     }
-    longest
+    max_reset
 }
 
 /// The instruction of a gRPC server about a retry.
@@ -300,7 +300,7 @@ mod tests {
     proptest! {
         #[test]
         fn fuzz_hint_neither_panics_nor_exceeds_the_maximum(
-            said in prop::collection::vec((
+            headers_said in prop::collection::vec((
                 prop::sample::select(vec![
                     PUSHBACK, MILLIS, AZURE_MILLIS, AMAZON_MILLIS, "retry-after", "x-ratelimit-reset-after", "date", "ratelimit", "ratelimit-remaining",
                     "ratelimit-reset", "x-ratelimit-remaining", "x-ratelimit-reset",
@@ -314,7 +314,7 @@ mod tests {
             ), 0..6),
         ) {
             let mut headers = HeaderMap::new();
-            for (name, text) in said {
+            for (name, text) in headers_said {
                 if let Ok(value) = HeaderValue::from_bytes(text.as_bytes()) {
                     headers.append(name, value);
                 }

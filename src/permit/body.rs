@@ -83,7 +83,7 @@ impl<B: Body> Body for EitherBody<B> {
 /// A response body that can contain data of a layer.
 pub trait FromBytes {
     /// Returns a body that contains `data` and ends after it.
-    fn answer(data: Bytes) -> Self;
+    fn from_bytes(data: Bytes) -> Self;
 }
 
 // ===== A body that is tracked to its end =====
@@ -134,7 +134,7 @@ impl<B: Body> TrackedBody<B> {
 }
 
 impl<B: Body<Data: From<Bytes>>> FromBytes for TrackedBody<B> {
-    fn answer(data: Bytes) -> Self {
+    fn from_bytes(data: Bytes) -> Self {
         Self::released(EitherBody::own(data))
     }
 }

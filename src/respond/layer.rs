@@ -205,7 +205,7 @@ where
             Ok(response) => Ok(response.map(TrackedBody::untracked)),
             Err(error) => match Rejected::find_in_any(&error).cloned() {
                 None if this.format.is_grpc() && is_timer_of_client(&error) => {
-                    Ok(deadline_exceeded(*this.format).map(TrackedBody::answer))
+                    Ok(deadline_exceeded(*this.format).map(TrackedBody::from_bytes))
                 }
                 None => Err(error),
                 Some(mut rejected) => {
@@ -214,7 +214,7 @@ where
                     }
                     let mut response = response(*this.format, rejected);
                     insert_attempts(&error, &mut response);
-                    Ok(response.map(TrackedBody::answer))
+                    Ok(response.map(TrackedBody::from_bytes))
                 }
             },
         })

@@ -237,7 +237,7 @@ impl<ReqB: 'static, B: FromBytes, E> RejectSealed<Request<ReqB>, Response<B>, E>
     }
 
     fn reject(self, form: ResponseFormat, rejected: Rejected) -> Result<Response<B>, E> {
-        Ok(response(form, rejected).map(B::answer))
+        Ok(response(form, rejected).map(B::from_bytes))
     }
 
     fn discard(&self, request: Request<ReqB>, rejected: Rejected) -> Rejected {

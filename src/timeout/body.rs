@@ -62,7 +62,7 @@ impl<B: Body<Error: Into<BoxError>>> TimedBody<B> {
 }
 
 impl<B: Body<Data: From<Bytes>, Error: Into<BoxError>>> FromBytes for TimedBody<B> {
-    fn answer(data: Bytes) -> Self {
+    fn from_bytes(data: Bytes) -> Self {
         Self::of(EitherBody::own(data))
     }
 }

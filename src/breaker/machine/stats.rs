@@ -98,7 +98,7 @@ impl CallCounts {
                 TripRule::Ratio(Ratio { of, limit, span, min_calls, coarse }) => {
                     if let Bad::Slow(slow) = of {
                         let slow = nanos(*slow);
-                        slow_from = Some(slow_from.map_or(slow, |least: Nanos| least.min(slow)));
+                        slow_from = Some(slow_from.map_or(slow, |from: Nanos| from.min(slow)));
                     }
                     let window = match span {
                         WindowSpan::Calls(calls) => RatioWindow::Calls(CountWindow::new(*calls)),
@@ -204,8 +204,8 @@ impl CallCounts {
         if !failed && !slow {
             return None;
         }
-        self.rules.iter().enumerate().find_map(|(place, rule)| {
-            Some((place, self.tripped(rule, failed, ended.took, now, times)?))
+        self.rules.iter().enumerate().find_map(|(index, rule)| {
+            Some((index, self.tripped(rule, failed, ended.took, now, times)?))
         })
     }
 
@@ -352,8 +352,8 @@ impl CallCounts {
             match (rule, new) {
                 (
                     RuleCounts::Ratio { of, limit, min_calls, .. },
-                    RuleCounts::Ratio { of: to, limit: ratio, min_calls: least, .. },
-                ) => (*of, *limit, *min_calls) = (*to, *ratio, *least),
+                    RuleCounts::Ratio { of: to, limit: ratio, min_calls: min, .. },
+                ) => (*of, *limit, *min_calls) = (*to, *ratio, *min),
                 (rule, new) => mem::swap(rule, new),
             }
         }
