@@ -39,7 +39,10 @@ use std::{
 
 pub(crate) use self::{
     loan::Loan,
-    read::{MAX_RESPONSE_BYTES, RESPONSE_TIMEOUT, ReadEnd, drain_response, poll_drain, poll_read},
+    read::{
+        MAX_RESPONSE_BYTES, MIN_FRAME, RESPONSE_TIMEOUT, ReadEnd, drain_response, poll_drain,
+        poll_read,
+    },
 };
 
 use http::{Request, Version, header};
@@ -207,7 +210,9 @@ where
     runtime.spawn(async move {
         let (mut body, mut read) = (DrainedBody(Some(body)), 0);
         if let Some(body) = &mut body.0 {
-            let end = poll_fn(|cx| poll_read(Pin::new(&mut *body), &mut read, MAX_BYTES, cx, drop));
+            let end = poll_fn(|cx| {
+                poll_read(Pin::new(&mut *body), &mut read, (MIN_FRAME, MAX_BYTES), cx, drop)
+            });
             let _ = timeout(TIMEOUT, end).await;
         }
         drop(body);

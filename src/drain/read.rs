@@ -16,8 +16,11 @@ pub(crate) const MAX_RESPONSE_BYTES: u64 = 64 * 1024;
 /// The maximum duration of such a read. After it, the connection is given up.
 pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_millis(50);
 
-/// The number of bytes that a frame without data counts as, so that a body of empty frames reaches the maximum.
-const EMPTY_FRAME: u64 = 64;
+/// The minimum number of bytes that a frame of a discarded response counts as, so that a body of empty or very small
+/// frames reaches the maximum.
+const MIN_DISCARDED_FRAME: u64 = 64;
+/// The minimum number of bytes that any other frame counts as, so that a body of empty frames reaches the maximum.
+pub(crate) const MIN_FRAME: u64 = 1;
 /// The maximum number of frames that one poll reads.
 const MAX_FRAMES_PER_POLL: u32 = 64;
 
@@ -33,11 +36,11 @@ pub(crate) enum ReadEnd {
 }
 
 /// Reads frames and hands them to `on_frame`, until the end of the body, an error, or a frame beyond `max_bytes`.
-/// `read` is the number of bytes so far.
+/// `read` is the number of bytes so far. A frame counts as at least `min_frame` bytes.
 pub(crate) fn poll_read<B: Body>(
     mut body: Pin<&mut B>,
     read: &mut u64,
-    max_bytes: u64,
+    (min_frame, max_bytes): (u64, u64),
     cx: &mut Context<'_>,
     mut on_frame: impl FnMut(Frame<B::Data>),
 ) -> Poll<ReadEnd> {
@@ -50,11 +53,8 @@ pub(crate) fn poll_read<B: Body>(
             Some(Err(_)) => return Poll::Ready(ReadEnd::Error),
             Some(Ok(frame)) => frame,
         };
-        let length = match frame.data_ref().map_or(0, Buf::remaining) {
-            0 => EMPTY_FRAME,
-            length => length as u64,
-        };
-        *read = read.saturating_add(length);
+        let length = frame.data_ref().map_or(0, Buf::remaining) as u64;
+        *read = read.saturating_add(length.max(min_frame));
         if *read > max_bytes {
             return Poll::Ready(ReadEnd::Exceeded);
         }
@@ -79,12 +79,13 @@ pub(crate) fn poll_drain<B: Body + Unpin>(
     if max_bytes == 0 || read.saturating_add(body.size_hint().lower()) > max_bytes {
         return Poll::Ready(());
     }
-    poll_read(Pin::new(body), read, max_bytes, cx, drop).map(drop)
+    poll_read(Pin::new(body), read, (MIN_DISCARDED_FRAME, max_bytes), cx, drop).map(drop)
 }
 
 /// Drains the body of a response within [`MAX_RESPONSE_BYTES`] and [`RESPONSE_TIMEOUT`].
 pub(crate) async fn drain_response(body: impl Body) {
     let (mut body, mut read) = (pin!(body), 0);
-    let end = poll_fn(|cx| poll_read(body.as_mut(), &mut read, MAX_RESPONSE_BYTES, cx, drop));
+    let bounds = (MIN_DISCARDED_FRAME, MAX_RESPONSE_BYTES);
+    let end = poll_fn(|cx| poll_read(body.as_mut(), &mut read, bounds, cx, drop));
     let _ = timeout(RESPONSE_TIMEOUT, end).await;
 }

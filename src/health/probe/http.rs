@@ -13,7 +13,7 @@ use super::{
     failure_of_rejection, opaque_debug,
 };
 use crate::{
-    drain::{MAX_RESPONSE_BYTES, ReadEnd, poll_read},
+    drain::{MAX_RESPONSE_BYTES, MIN_FRAME, ReadEnd, poll_read},
     error::ConfigError,
     outcome::Rejected,
     redact,
@@ -214,7 +214,7 @@ pub(super) struct ReadBody {
 pub(super) async fn read<B: Body>(body: B, stores_data: bool) -> Result<ReadBody, ProbeFailure> {
     let (mut body, mut length, mut read) = (pin!(body), 0, ReadBody::default());
     let end = poll_fn(|cx| {
-        poll_read(body.as_mut(), &mut length, MAX_RESPONSE_BYTES, cx, |frame| {
+        poll_read(body.as_mut(), &mut length, (MIN_FRAME, MAX_RESPONSE_BYTES), cx, |frame| {
             match frame.into_data() {
                 Ok(data) if stores_data => read.data.put(data),
                 Ok(_) => {}
