@@ -87,6 +87,13 @@ pub(crate) struct LayerName {
     pub(crate) fault: Option<LayerFault>,
 }
 
+impl LayerName {
+    /// Returns the name of a layer whose settings can work.
+    pub(crate) fn named(name: &str) -> Arc<Self> {
+        Arc::new(Self { name: name.into(), fault: None })
+    }
+}
+
 /// A setting that cannot work, and the events that report it.
 #[derive(Clone, Debug)]
 pub(crate) struct LayerFault {

@@ -160,7 +160,7 @@ impl Circuit {
     pub(super) fn name(&self, name: &str) {
         if !name.is_empty() {
             // The first name stays, because rejections in progress refer to it.
-            let _ = self.label.set(Arc::new(LayerName { name: name.into(), fault: None }));
+            let _ = self.label.set(LayerName::named(name));
         }
     }
 

@@ -171,7 +171,7 @@ impl ConnectLayer {
 
     /// Returns the value of a valid setting. Records the error of the first invalid one.
     pub(super) fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
-        setting.map_err(|error| self.fault.get_or_insert(error)).ok()
+        self.fault.accept(setting)
     }
 
     /// Returns a rejection if a setting is invalid.

@@ -206,7 +206,7 @@ impl ConnectState {
 
     pub(super) fn set_name(&self, name: &str) {
         // Only the first name is used. Rejections share it.
-        let _ = self.label.set(Arc::new(LayerName { name: name.into(), fault: None }));
+        let _ = self.label.set(LayerName::named(name));
     }
 
     pub(super) fn has_name(&self) -> bool {

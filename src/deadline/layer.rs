@@ -154,14 +154,9 @@ impl<R> DeadlineLayer<R> {
         time: Duration,
         setting: impl FnOnce(&DeadlineTimes) -> &AtomicU64,
     ) -> Self {
-        match ConfigError::above_zero(field, time) {
-            Ok(time) => {
-                self = self.fork_if_used();
-                set(setting(&self.times), Some(time));
-            }
-            Err(error) => {
-                self.fault.get_or_insert(error);
-            }
+        if let Some(time) = self.fault.accept(ConfigError::above_zero(field, time)) {
+            self = self.fork_if_used();
+            set(setting(&self.times), Some(time));
         }
         self
     }

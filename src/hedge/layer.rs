@@ -89,9 +89,7 @@ impl<M> HedgeLayer<M> {
 
     fn try_set(mut self, set: impl FnOnce(&HedgeHandle) -> Result<(), ConfigError>) -> Self {
         self.fork_if_in_use();
-        if let Err(error) = set(&self.handle) {
-            self.fault.get_or_insert(error);
-        }
+        self.fault.accept(set(&self.handle));
         self
     }
 

@@ -86,9 +86,7 @@ impl<M> RetryLayer<M> {
 
     fn try_set(mut self, set: impl FnOnce(&RetryHandle) -> Result<(), ConfigError>) -> Self {
         self.fork_if_in_use();
-        if let Err(error) = set(&self.handle) {
-            self.fault.get_or_insert(error);
-        }
+        self.fault.accept(set(&self.handle));
         self
     }
 

@@ -69,14 +69,9 @@ impl TimeoutLayer<AsIs> {
 
 impl<M, R> TimeoutLayer<M, R> {
     fn set(mut self, timeouts: Timeouts) -> Self {
-        match timeouts.check() {
-            Ok(()) => {
-                self = self.fork_if_used();
-                self.state.set(timeouts);
-            }
-            Err(error) => {
-                self.fault.get_or_insert(error);
-            }
+        if self.fault.accept(timeouts.check()).is_some() {
+            self = self.fork_if_used();
+            self.state.set(timeouts);
         }
         self
     }

@@ -343,8 +343,7 @@ impl TimeoutState {
     }
 
     pub(super) fn name(&self, name: &str) {
-        let label = || Arc::new(LayerName { name: name.into(), fault: None });
-        self.label.get_or_init(label);
+        self.label.get_or_init(|| LayerName::named(name));
     }
 
     /// Returns the label of a call that carries timeouts which cannot work. All such calls share their reports.

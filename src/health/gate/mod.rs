@@ -216,7 +216,7 @@ impl Gate {
     // ===== Settings =====
 
     pub(super) fn set_name(&self, name: &str) {
-        *self.label.lock() = Some(Arc::new(LayerName { name: name.into(), fault: None }));
+        *self.label.lock() = Some(LayerName::named(name));
     }
 
     fn label(&self) -> Option<Arc<LayerName>> {

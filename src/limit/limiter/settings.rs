@@ -78,7 +78,7 @@ impl Limiter {
 
     /// Sets the name in rejections and events. Only the first name takes effect, because it is read without a lock.
     pub(crate) fn set_name(&self, name: &str) {
-        let _ = self.label.set(Arc::new(LayerName { name: name.into(), fault: None }));
+        let _ = self.label.set(LayerName::named(name));
     }
 
     // ===== Services of several clones of a layer =====
