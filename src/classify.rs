@@ -72,10 +72,10 @@ pub trait Classifier<Req, Res, E>: Clone + Send + Sync + 'static {
         permit: impl FnOnce() -> Permit<G>,
     ) -> Self::Call;
 
-    /// Returns the call permit, which measures the call if the protocol has lent the permit of the admission to the
+    /// Returns the measuring permit, which measures the call if the protocol has lent the permit of the admission to the
     /// handler.
     #[inline]
-    fn call_permit(call: &mut Self::Call) -> Option<&mut Permit> {
+    fn measuring_permit(call: &mut Self::Call) -> Option<&mut Permit> {
         let _ = call;
         None
     }

@@ -42,7 +42,7 @@ pin_project! {
                 if permit.state().is_some() {
                     set_clock(permit, mark);
                 } else if let Some(mark) = mark.take() {
-                    // The call permit reads the mark after that drop.
+                    // The measuring permit reads the mark after that drop.
                     mark.freeze();
                 }
             }
@@ -117,7 +117,7 @@ where
             match this.state.as_mut().project() {
                 CallStateProj::Called { future, permit, call, mark } => {
                     WaitsFor::reset();
-                    let polled = match call_permit::<S, Req, M>(call) {
+                    let polled = match measuring_permit::<S, Req, M>(call) {
                         Some(permit) => permit.guard(|| future.poll(cx)),
                         None => permit.guard(|| future.poll(cx)),
                     };
@@ -125,7 +125,7 @@ where
                         Poll::Ready(Ok(response)) => Poll::Ready(Ok(M::wrap(response))),
                         Poll::Ready(Err(error)) => {
                             let what = WaitsFor::reported();
-                            match call_permit::<S, Req, M>(call) {
+                            match measuring_permit::<S, Req, M>(call) {
                                 Some(permit) => permit.record_wait(what),
                                 None => permit.record_wait(what),
                             }
@@ -135,7 +135,7 @@ where
                         }
                         Poll::Pending => {
                             let what = WaitsFor::reported();
-                            match call_permit::<S, Req, M>(call) {
+                            match measuring_permit::<S, Req, M>(call) {
                                 Some(permit) => permit.pending(what),
                                 None => permit.pending(what),
                             }
@@ -183,14 +183,14 @@ where
     }
 }
 
-/// Returns the call permit, if the protocol has lent the permit of the admission to the handler.
+/// Returns the measuring permit, if the protocol has lent the permit of the admission to the handler.
 #[inline]
-fn call_permit<S, Req, M>(call: &mut Option<M::Call>) -> Option<&mut Permit>
+fn measuring_permit<S, Req, M>(call: &mut Option<M::Call>) -> Option<&mut Permit>
 where
     S: Service<Req>,
     M: Classifier<Req, S::Response, S::Error>,
 {
-    call.as_mut().and_then(M::call_permit)
+    call.as_mut().and_then(M::measuring_permit)
 }
 
 /// Starts the clock readings of the mark, and returns it.
@@ -398,7 +398,7 @@ impl<S, Req, P: Policy<Req>, M> QueuedCall<S, Req, P, M> {
             permit = permit.observing(deadline, mark.is_some());
         }
         let mut call = this.protocol.begin(&mut request, || permit.take());
-        let future = match M::call_permit(&mut call) {
+        let future = match M::measuring_permit(&mut call) {
             Some(permit) => permit.guard(|| this.service.call(request)),
             None => permit.guard(|| this.service.call(request)),
         };

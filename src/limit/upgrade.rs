@@ -91,8 +91,8 @@ impl fmt::Debug for OwnedPermit {
 
 // ===== The permit shared by a call and its handler =====
 
-/// The owner of a permit that a call and its handler share. It is the state behind the [call permit](CallPermit): when
-/// the call permit is released, the call gives up its part.
+/// The owner of a permit that a call and its handler share. It is the state behind a [`CallPermit`]: when
+/// the measuring permit is released, the call gives up its part.
 ///
 /// The lock is never held while the permit is released or its state is called with user code behind it: an algorithm, a
 /// waker or a subscriber may use this limit, and so this slot, again.
@@ -128,7 +128,7 @@ impl UpgradeSlot {
         self.lock().holder
     }
 
-    /// Returns the token of the lent permit, with the clock of the call permit.
+    /// Returns the token of the lent permit, with the clock of the measuring permit.
     fn inner_token(lent: &Permit, token: Token) -> Token {
         Token { clock: token.clock, ..lent.token() }
     }
@@ -162,7 +162,7 @@ impl Release for UpgradeSlot {
         let permit = self.lock().permit.take();
         let mut lent = LentPermit { slot: self, permit };
         lent.permit.replace_clock(token.clock);
-        // The call permit has already attributed the outcome, if it is certain.
+        // The measuring permit has already attributed the outcome, if it is certain.
         lent.permit.record_head(so_far, false);
         token.clock = lent.permit.token().clock;
     }
@@ -288,7 +288,7 @@ where
         UpgradableCall { call, measuring_permit: MeasuringPermit { permit, mark } }
     }
 
-    fn call_permit(upgradable: &mut UpgradableCall<M::Call>) -> Option<&mut Permit> {
+    fn measuring_permit(upgradable: &mut UpgradableCall<M::Call>) -> Option<&mut Permit> {
         Some(&mut upgradable.measuring_permit.permit)
     }
 

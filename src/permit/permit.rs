@@ -277,7 +277,7 @@ impl<G: StateRef> Permit<G> {
         self
     }
 
-    /// Replaces the clock of a lent permit by the clock of its call permit.
+    /// Replaces the clock of a lent permit by the clock of its measuring permit.
     pub(crate) fn replace_clock(&mut self, clock: UpstreamClock) {
         self.token.clock = clock;
     }
