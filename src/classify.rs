@@ -2,10 +2,10 @@
 //!
 //! # One call
 //!
-//! 1. `Classifier::begin` records what the classification needs of the request, before the inner service consumes it.
-//! 2. `Classifier::wrap` converts the response of the inner service into the response of the layer. For HTTP the body
+//! 1. `Protocol::begin` records what the classification needs of the request, before the inner service consumes it.
+//! 2. `Protocol::wrap` converts the response of the inner service into the response of the layer. For HTTP the body
 //!    becomes a [`TrackedBody`] that holds no permit yet.
-//! 3. `Classifier::classify` classifies the response head or the error. It releases the permit, or moves it into the body,
+//! 3. `Protocol::classify` classifies the response head or the error. It releases the permit, or moves it into the body,
 //!    which releases it at its end (`Eos`).
 //!
 //! Steps 2 and 3 are separate because a response is large: the response is converted once, and then inspected and
@@ -16,6 +16,7 @@ use std::fmt;
 use crate::{
     outcome::{Eos, HealthCall, Outcome, Reason, Rejected, SentMark, grpc, http as rule},
     permit::{Permit, ReleaseAt, StateRef, TrackedBody},
+    sealed::Sealed,
     time::Deadline,
 };
 use http::{HeaderMap, Request, Response, StatusCode};
@@ -26,12 +27,7 @@ use http_body::Body;
 /// [`Http`] is the default of every layer. For other request and response types there are [`Classify`] (a closure) and
 /// [`PerResponse`] (no classification). `TowerHttp` uses a classifier of `tower_http::classify`.
 ///
-/// The trait cannot be implemented outside of this crate.
-pub trait Protocol<Req, Res, E>: Classifier<Req, Res, E> {}
-
-impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Classifier<Req, Res, E> {}
-
-/// The methods of [`Protocol`]. The trait is not exported, so that it can change.
+/// The trait is sealed: it cannot be implemented outside of this crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot classify calls with the results `{Res}` and `{E}`",
     label = "this layer does not fit the wrapped service",
@@ -40,7 +36,7 @@ impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Classifier<Req, Res, E
     note = "without classification, `.per_response()` accepts any types",
     note = "an inner layer that returns boxed errors changes the error type to `BoxError`"
 )]
-pub trait Classifier<Req, Res, E>: Clone + Send + Sync + 'static {
+pub trait Protocol<Req, Res, E>: Sealed + Clone + Send + Sync + 'static {
     /// The response of the layer.
     type Response;
     /// The part of the request that the classification needs, recorded when the call begins.
@@ -166,7 +162,9 @@ impl HttpCall {
     }
 }
 
-impl<ReqB, B, E> Classifier<Request<ReqB>, Response<B>, E> for Http
+impl Sealed for Http {}
+
+impl<ReqB, B, E> Protocol<Request<ReqB>, Response<B>, E> for Http
 where
     B: Body,
     E: 'static,
@@ -223,7 +221,7 @@ where
 #[derive(Debug)]
 pub enum Never {}
 
-impl<ReqB, E> Classifier<Request<ReqB>, Never, E> for Http {
+impl<ReqB, E> Protocol<Request<ReqB>, Never, E> for Http {
     type Response = Never;
     type Call = ();
 
@@ -240,7 +238,9 @@ impl<ReqB, E> Classifier<Request<ReqB>, Never, E> for Http {
 #[derive(Clone)]
 pub struct ClassifyHead<C>(pub(crate) C);
 
-impl<C, ReqB, B, E> Classifier<Request<ReqB>, Response<B>, E> for ClassifyHead<C>
+impl<C> Sealed for ClassifyHead<C> {}
+
+impl<C, ReqB, B, E> Protocol<Request<ReqB>, Response<B>, E> for ClassifyHead<C>
 where
     C: Fn(StatusCode, &HeaderMap) -> Outcome + Clone + Send + Sync + 'static,
     B: Body,
@@ -326,7 +326,9 @@ fn follow<B: Body, G: StateRef>(
 #[derive(Clone)]
 pub struct Classify<C>(pub(crate) C);
 
-impl<C, Req, Res, E> Classifier<Req, Res, E> for Classify<C>
+impl<C> Sealed for Classify<C> {}
+
+impl<C, Req, Res, E> Protocol<Req, Res, E> for Classify<C>
 where
     C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
 {
@@ -354,7 +356,9 @@ where
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PerResponse;
 
-impl<Req, Res, E: 'static> Classifier<Req, Res, E> for PerResponse {
+impl Sealed for PerResponse {}
+
+impl<Req, Res, E: 'static> Protocol<Req, Res, E> for PerResponse {
     type Response = Res;
     type Call = ();
 
@@ -383,7 +387,10 @@ impl<Req, Res, E: 'static> Classifier<Req, Res, E> for PerResponse {
 pub struct TowerHttp<M>(pub(crate) M);
 
 #[cfg(feature = "tower-http")]
-impl<M, ReqB, B, E> Classifier<Request<ReqB>, Response<B>, E> for TowerHttp<M>
+impl<M> Sealed for TowerHttp<M> {}
+
+#[cfg(feature = "tower-http")]
+impl<M, ReqB, B, E> Protocol<Request<ReqB>, Response<B>, E> for TowerHttp<M>
 where
     M: tower_http::classify::MakeClassifier + Clone + Send + Sync + 'static,
     M::ClassifyEos: Send + Sync + 'static,

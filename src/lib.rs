@@ -235,6 +235,7 @@
 //! | `rustls` | | TLS for that client, and for the server of `serve` |
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
 //! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; `buttress::client` needs `connect` too, `buttress::grpc` needs `tonic` |
+//! | `tower` | | [`ServiceBuilderExt`]: `.retries(…)`, `.circuit_breaker(…)` and the other layers as methods of tower's `ServiceBuilder` |
 //! | `tower-http` | | classification by a classifier of `tower_http::classify` |
 //! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; a rejection has a `tonic::Status` as its source; `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |
 //! | `full` | | all of them |
@@ -306,6 +307,10 @@ pub mod respond;
 #[cfg(feature = "retry")]
 #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
 pub mod retry;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
+mod sealed;
+#[cfg(feature = "tower")]
+mod service_builder;
 #[cfg(feature = "stack")]
 #[cfg_attr(docsrs, doc(cfg(feature = "stack")))]
 pub mod stack;
@@ -330,6 +335,9 @@ pub use crate::health::{Health, HealthProbe, HealthProbeLayer};
 pub use crate::lifecycle::Lifecycle;
 #[cfg(feature = "limit")]
 pub use crate::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
+#[cfg(feature = "tower")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tower")))]
+pub use crate::service_builder::ServiceBuilderExt;
 #[cfg(all(feature = "stack", feature = "connect"))]
 pub use crate::stack::client;
 #[cfg(all(feature = "stack", feature = "tonic"))]
@@ -349,6 +357,7 @@ pub use crate::{
 };
 
 pub use crate::{
+    admission::Reusable,
     client_error::{ClientError, ClientErrorKind},
     error::{BoxError, ConfigError},
     indicator::Indicator,

@@ -80,7 +80,6 @@ use pin_project_lite::pin_project;
 use sync_wrapper::SyncWrapper;
 use tower_service::Service;
 
-use self::sealed::Sealed;
 use crate::{client_error::ClientError, error::BoxError};
 
 /// A [`reqwest::Client`] as a service of `http`'s types. It is always ready. Clones share the connections of the
@@ -292,7 +291,14 @@ fn with_url(response: Response) -> http::Response<Body> {
 ///
 /// Implemented for [`RequestBuilder`] and [`Request`]. The settings of the request, such as its timeout, stay in force.
 /// The timeout applies to each attempt.
-pub trait SendThrough: Sized + Sealed {
+pub trait SendThrough: Sized {
+    /// Converts the request into a request of the `http` crate, without sending it.
+    ///
+    /// # Errors
+    ///
+    /// The error of a builder whose request cannot be built.
+    fn into_http(self) -> Result<http::Request<Body>, Error>;
+
     /// Sends the request through a service, such as layers around an [`HttpClient`], and returns reqwest's response.
     ///
     /// It waits until a clone of the service is ready, and calls the clone.
@@ -328,24 +334,13 @@ pub trait SendThrough: Sized + Sealed {
     }
 }
 
-impl SendThrough for RequestBuilder {}
-
-impl SendThrough for Request {}
-
-mod sealed {
-    /// The part of [`SendThrough`](super::SendThrough) that no other crate can implement.
-    pub trait Sealed {
-        fn into_http(self) -> Result<http::Request<super::Body>, super::Error>;
-    }
-}
-
-impl Sealed for RequestBuilder {
+impl SendThrough for RequestBuilder {
     fn into_http(self) -> Result<http::Request<Body>, Error> {
         self.build()?.try_into()
     }
 }
 
-impl Sealed for Request {
+impl SendThrough for Request {
     fn into_http(self) -> Result<http::Request<Body>, Error> {
         self.try_into()
     }

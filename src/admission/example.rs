@@ -22,6 +22,7 @@ use crate::{
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
     permit::{Permit, Release, ReleaseAt, Token},
     respond::AsError,
+    sealed::Sealed,
 };
 
 // ===== 1. The state: what the layer, its services and its handle share. It receives the outcome of each call. =====
@@ -33,6 +34,8 @@ pub struct Maintenance {
     changed: Arc<Notify>,
     failures: AtomicU64,
 }
+
+impl Sealed for Maintenance {}
 
 impl Release for Maintenance {
     fn release(&self, _: Token, outcome: Outcome) {
@@ -85,6 +88,7 @@ admission_layer! {
     layer MaintenanceLayer {}
     /// The service of a [`MaintenanceLayer`].
     service UnderMaintenance []
+    future MaintenanceFuture
     policy Arc<Maintenance>
 }
 

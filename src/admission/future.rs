@@ -13,7 +13,7 @@ use tower_service::Service;
 use super::{Admit, Policy, Terms, closed::ClosedWatch};
 use crate::outcome::HealthCall;
 use crate::{
-    classify::{Classifier, Protocol},
+    classify::Protocol,
     outcome::{CallerDeadline, Rejected, SentMark, WaitsFor},
     permit::{Permit, StateRef},
     respond::{Reject, ResponseFormat},
@@ -24,7 +24,7 @@ pin_project! {
     /// The future of an admission layer's call.
     ///
     /// Dropping it at any point releases the permit, or leaves the queue.
-    pub struct AdmissionFuture<S, Req, F, C, P, M, R>
+    pub(crate) struct AdmissionFuture<S, Req, F, C, P, M, R>
     where
         P: Policy<Req>,
     {
@@ -188,7 +188,7 @@ where
 fn measuring_permit<S, Req, M>(call: &mut Option<M::Call>) -> Option<&mut Permit>
 where
     S: Service<Req>,
-    M: Classifier<Req, S::Response, S::Error>,
+    M: Protocol<Req, S::Response, S::Error>,
 {
     call.as_mut().and_then(M::measuring_permit)
 }
@@ -240,7 +240,7 @@ impl<'a, Req, M, Res, E> RequestTerms<'a, Req, M, Res, E> {
     }
 }
 
-impl<Req, M: Classifier<Req, Res, E>, Res, E> Terms for RequestTerms<'_, Req, M, Res, E> {
+impl<Req, M: Protocol<Req, Res, E>, Res, E> Terms for RequestTerms<'_, Req, M, Res, E> {
     #[inline]
     fn deadline(&self) -> Option<Deadline> {
         self.protocol.deadline(self.request)
@@ -305,7 +305,7 @@ type CallStep<S, Req, P, M> = Result<Called<S, Req, P, M>, StepEnd<<S as Service
 type Called<S, Req, P, M> = (
     <S as Service<Req>>::Future,
     Permit<<P as Policy<Req>>::StateRef>,
-    <M as Classifier<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Call,
+    <M as Protocol<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Call,
     Option<SentMark>,
 );
 

@@ -40,13 +40,15 @@ impl<P, M, R> Plan<P, M, R> {
     }
 }
 
-/// Defines the two public types of an admission layer: the layer, with the setters that all of them share, and its
-/// service.
+/// Defines the public types of an admission layer: the layer, with the setters that all of them share, and those of
+/// [`admission_service`].
 macro_rules! admission_layer {
     (
         $(#[$layer_doc:meta])* layer $Layer:ident { $($field:ident: $G:ident),* }
         $(#[$service_doc:meta])* service $Service:ident [$($K:ident),*]
+        future $Future:ident
         policy $Policy:ty
+        $(where $($bounds:tt)+)?
     ) => {
         $(#[$layer_doc])*
         #[must_use = "a layer does nothing until it wraps a service"]
@@ -171,6 +173,24 @@ macro_rules! admission_layer {
             }
         }
 
+        $crate::admission::admission_service! {
+            $(#[$service_doc])* service $Service [$($K),*]
+            future $Future
+            policy $Policy
+            $(where $($bounds)+)?
+        }
+    };
+}
+pub(crate) use admission_layer;
+
+/// Defines the service of an admission layer, and the future of a call.
+macro_rules! admission_service {
+    (
+        $(#[$service_doc:meta])* service $Service:ident [$($K:ident),*]
+        future $Future:ident
+        policy $Policy:ty
+        $(where $($bounds:tt)+)?
+    ) => {
         $(#[$service_doc])*
         pub struct $Service<S, $($K,)* M = $crate::classify::Http, R = $crate::respond::AsError> {
             admission: $crate::admission::Admission<S, $Policy, M, R>,
@@ -193,10 +213,7 @@ macro_rules! admission_layer {
             }
         }
 
-        impl<S: Clone, $($K,)* M: Clone, R: Clone> Clone for $Service<S, $($K,)* M, R>
-        where
-            $Policy: Clone,
-        {
+        impl<S: Clone, $($K: Clone,)* M: Clone, R: Clone> Clone for $Service<S, $($K,)* M, R> {
             fn clone(&self) -> Self {
                 Self { admission: self.admission.clone() }
             }
@@ -212,15 +229,14 @@ macro_rules! admission_layer {
 
         impl<S, $($K,)* M, R, Req> ::tower_service::Service<Req> for $Service<S, $($K,)* M, R>
         where
-            $Policy: $crate::admission::Policy<Req>,
             S: ::tower_service::Service<Req> + $crate::admission::Reusable,
             M: $crate::classify::Protocol<Req, S::Response, S::Error>,
             R: $crate::respond::Reject<Req, M::Response, S::Error>,
+            $($($bounds)+)?
         {
             type Response = M::Response;
             type Error = R::Error;
-            type Future =
-                $crate::admission::AdmissionFuture<S, Req, S::Future, M::Call, $Policy, M, R>;
+            type Future = $Future<S, Req, S::Future, M::Call, $($K,)* M, R>;
 
             #[inline]
             fn poll_ready(
@@ -232,9 +248,52 @@ macro_rules! admission_layer {
 
             #[inline]
             fn call(&mut self, request: Req) -> Self::Future {
-                self.admission.call(request)
+                $Future { future: self.admission.call(request) }
+            }
+        }
+
+        ::pin_project_lite::pin_project! {
+            #[doc = concat!("The future of a call of [`", stringify!($Service), "`].")]
+            ///
+            /// Dropping it at any point releases the permit, or leaves the queue. `F` is the future of the inner
+            /// service, and `C` the part of the request that the protocol has recorded. They are parameters of their
+            /// own, because the compiler cannot prove that a spawned task with a projection of a boxed error is `Send`
+            /// (rust-lang/rust#100013).
+            #[must_use = "futures do nothing unless polled"]
+            pub struct $Future<S, Req, F, C, $($K,)* M, R>
+            $(where $($bounds)+)?
+            {
+                #[pin]
+                future: $crate::admission::AdmissionFuture<S, Req, F, C, $Policy, M, R>,
+            }
+        }
+
+        impl<S, $($K,)* M, R, Req> ::std::future::Future
+            for $Future<S, Req, S::Future, M::Call, $($K,)* M, R>
+        where
+            S: ::tower_service::Service<Req>,
+            M: $crate::classify::Protocol<Req, S::Response, S::Error>,
+            R: $crate::respond::Reject<Req, M::Response, S::Error>,
+            $($($bounds)+)?
+        {
+            type Output = Result<M::Response, R::Error>;
+
+            #[inline]
+            fn poll(
+                self: ::std::pin::Pin<&mut Self>,
+                cx: &mut ::std::task::Context<'_>,
+            ) -> ::std::task::Poll<Self::Output> {
+                self.project().future.poll(cx)
+            }
+        }
+
+        impl<S, Req, F, C, $($K,)* M, R> ::std::fmt::Debug for $Future<S, Req, F, C, $($K,)* M, R>
+        $(where $($bounds)+)?
+        {
+            fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+                f.debug_tuple(stringify!($Future)).field(&self.future).finish()
             }
         }
     };
 }
-pub(crate) use admission_layer;
+pub(crate) use admission_service;

@@ -24,9 +24,9 @@ use std::{future::Future, pin::Pin, sync::Arc};
 
 use tokio::{sync::Notify, time::Instant};
 
-pub use self::future::AdmissionFuture;
 pub(crate) use self::{
-    layer::{Plan, admission_layer},
+    future::AdmissionFuture,
+    layer::{Plan, admission_layer, admission_service},
     service::Admission,
 };
 use crate::outcome::HealthCall;
@@ -38,7 +38,7 @@ use crate::{
 
 /// The decision of a policy on a call.
 #[derive(Debug)]
-pub enum Admit<T, W> {
+pub(crate) enum Admit<T, W> {
     /// The call is made now.
     Pass(T),
     /// The call waits for a permit. Dropping the future leaves the queue. Boxed, because only calls that wait pay for
@@ -49,7 +49,7 @@ pub enum Admit<T, W> {
 }
 
 /// The deadline and the sent mark of a request. Each method reads the request.
-pub trait Terms {
+pub(crate) trait Terms {
     /// Returns the deadline of the call.
     fn deadline(&self) -> Option<Deadline>;
 
@@ -61,7 +61,7 @@ pub trait Terms {
 }
 
 /// Decides whether calls are made.
-pub trait Policy<Req>: Clone + Send + Sync + 'static {
+pub(crate) trait Policy<Req>: Clone + Send + Sync + 'static {
     /// The state that records the end of a call.
     type StateRef: StateRef;
     /// The record of an admission, from which [`permit`](Self::permit) makes the permit. It must be small, because it

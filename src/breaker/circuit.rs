@@ -57,6 +57,7 @@ use crate::{
     fault::LayerName,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor},
     permit::{FreeSlots, Measures, OwnedSlot, Release, ReleaseAt, Slot, SlotOwner, Token},
+    sealed::Sealed,
     sync::Mutex,
     time::{Clock, Nanos, nanos},
 };
@@ -65,7 +66,7 @@ use crate::{
 const PROBING_RETRY_AFTER: Nanos = 1_000_000_000;
 
 /// The state of a circuit breaker, or of one key of a keyed circuit breaker.
-pub struct Circuit {
+pub(crate) struct Circuit {
     machine: SyncMachine,
     slot: OwnedSlot<Self>,
     /// Notified of each change and of each probe slot that is taken or released.
@@ -621,6 +622,8 @@ fn at(now: Nanos, times: &TimeWindows) -> At<'_> {
 fn unpack(token: Token) -> CircuitToken {
     CircuitToken::unpack(token.tag)
 }
+
+impl Sealed for Circuit {}
 
 impl Release for Circuit {
     #[inline]

@@ -311,7 +311,7 @@ impl fmt::Write for ShortName {
 // ===== The policy =====
 
 /// The policy of a keyed layer.
-pub struct Keyed<F, Q> {
+pub(super) struct Keyed<F, Q> {
     key: F,
     circuits: Arc<Circuits<Q>>,
 }
@@ -415,7 +415,9 @@ admission_layer! {
     layer KeyedCircuitBreakerLayer {}
     /// The service of a [`KeyedCircuitBreakerLayer`].
     service KeyedCircuitBreaker [Sel, Id]
+    future KeyedCircuitBreakerFuture
     policy Keyed<Sel, Id>
+    where Sel: KeyExtractor<Req, Key = Id>, Id: Clone, Id: Eq, Id: Hash, Id: Send, Id: Sync, Id: 'static
 }
 
 impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {

@@ -27,6 +27,7 @@ admission_layer! {
     layer CircuitBreakerLayer {}
     /// The service of a [`CircuitBreakerLayer`].
     service CircuitBreaker []
+    future CircuitBreakerFuture
     policy Breaker
 }
 

@@ -282,12 +282,12 @@ mod trip;
 pub use self::{
     handle::{CircuitBreakerHandle, CircuitBreakerSnapshot, Isolation},
     keyed::{
-        KeyExtractor, KeyedCircuitBreaker, KeyedCircuitBreakerHandle, KeyedCircuitBreakerLayer,
-        KeyedCircuitBreakerSnapshot, PerOrigin,
+        KeyExtractor, KeyedCircuitBreaker, KeyedCircuitBreakerFuture, KeyedCircuitBreakerHandle,
+        KeyedCircuitBreakerLayer, KeyedCircuitBreakerSnapshot, PerOrigin,
     },
-    layer::{CircuitBreaker, CircuitBreakerLayer},
+    layer::{CircuitBreaker, CircuitBreakerFuture, CircuitBreakerLayer},
     open_duration::OpenDuration,
     state::{CircuitState, HalfOpenProgress},
     trip::{CallStats, Trip, TripReason},
 };
-pub use crate::{admission::AdmissionFuture, origin::Origin};
+pub use crate::origin::Origin;

@@ -35,7 +35,7 @@ pub(super) type CircuitRef = ShardOrSlot<Circuit, Slot<Circuit>>;
 
 /// The circuit of a layer: its slot, and references to it whose counts are sharded by thread.
 #[derive(Clone)]
-pub struct Breaker {
+pub(super) struct Breaker {
     slot: &'static Slot<Circuit>,
     circuit: ShardedArc<Circuit>,
 }
@@ -190,7 +190,7 @@ fn wait_or_reject(
 
 pin_project! {
     /// A caller's wait for the verdict of the half-open probes. Dropping it at any point frees its position.
-    pub struct VerdictWait {
+    pub(crate) struct VerdictWait {
         entry: VerdictQueueEntry,
         // Boxed, because only calls that wait pay for it.
         changed: Pin<Box<OwnedNotified>>,

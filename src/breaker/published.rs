@@ -45,7 +45,7 @@ use crate::{
 
 /// The published state of a circuit.
 #[derive(Default)]
-pub struct PublishedState(AtomicU64);
+pub(crate) struct PublishedState(AtomicU64);
 
 /// The value of the word: `generation << 7 | attributes << 6 | measured << 5 | plain << 4 | clean << 3 | state`.
 #[derive(Clone, Copy, PartialEq, Eq)]

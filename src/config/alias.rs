@@ -2,12 +2,12 @@
 
 /// A name that is not the key of a setting.
 #[derive(Debug)]
-pub struct Alias {
+pub struct SettingAlias {
     pub(super) name: &'static str,
     pub(super) to: Target,
 }
 
-/// What replaces an [`Alias`].
+/// What replaces an [`SettingAlias`].
 #[derive(Debug)]
 pub(super) enum Target {
     /// Each of these settings gets the value.
@@ -19,21 +19,21 @@ pub(super) enum Target {
 }
 
 /// The aliases of a client's settings.
-pub(super) const CLIENT: &[Alias] = &[
-    Alias { name: "max_connections", to: Target::Keys(&["connect_max_total"]) },
-    Alias {
+pub(super) const CLIENT: &[SettingAlias] = &[
+    SettingAlias { name: "max_connections", to: Target::Keys(&["connect_max_total"]) },
+    SettingAlias {
         name: "max_keepalive_connections",
         to: Target::Nothing("use `connect_max_idle`, the maximum idle time of a connection"),
     },
-    Alias { name: "default_timeout", to: Target::Keys(&["timeout_total"]) },
+    SettingAlias { name: "default_timeout", to: Target::Keys(&["timeout_total"]) },
     // A read ends with the response head or with a frame of the body.
-    Alias {
+    SettingAlias {
         name: "read_timeout",
         to: Target::Keys(&["timeout_head", "timeout_first_frame", "timeout_response_idle"]),
     },
-    Alias { name: "write_timeout", to: Target::Keys(&["timeout_request_stall"]) },
-    Alias { name: "max_retries", to: Target::Attempts("retry_attempts") },
-    Alias { name: "retry_backoff_multiplier", to: Target::Keys(&["retry_backoff_factor"]) },
+    SettingAlias { name: "write_timeout", to: Target::Keys(&["timeout_request_stall"]) },
+    SettingAlias { name: "max_retries", to: Target::Attempts("retry_attempts") },
+    SettingAlias { name: "retry_backoff_multiplier", to: Target::Keys(&["retry_backoff_factor"]) },
 ];
 
 impl Target {

@@ -3,7 +3,7 @@
 use std::{fmt::Display, time::Duration};
 
 use super::{
-    group::Group,
+    group::SettingsGroup,
     layers::{BreakerConfig, CallsConfig, DeadlineConfig, LimitConfig, TimeoutConfig},
     load::{ConfigErrors, Source},
     stack::{ClientConfig, ServerConfig},
@@ -83,7 +83,7 @@ const SERVER: &[ConfigRule<ServerConfig>] = &[
 ];
 
 /// Replaces the name of the setter in an error of a layer by the key of the setting.
-fn with_key(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
+fn with_key(group: &dyn SettingsGroup, error: Option<ConfigError>) -> Option<ConfigError> {
     let mut error = error?;
     let setter = error.field.strip_prefix("trip.").unwrap_or(error.field).replace('.', "_");
     let name = match &*setter {

@@ -6,13 +6,13 @@ use serde::{Deserialize, Deserializer, de::Error};
 use super::{
     alias::renamed,
     misspelt::near_miss,
-    value::{Scalar, Tree},
+    value::{SettingValue, Tree},
 };
 use crate::{error::ConfigError, redact};
 
 /// The description of a setting, without its value.
 #[derive(Debug)]
-pub struct Row {
+pub struct SettingRow {
     /// The name of the setting in files, in the environment (in capitals) and in errors.
     pub key: &'static str,
     /// The meaning of the setting, as `explain` prints it.
@@ -24,28 +24,31 @@ pub struct Row {
 }
 
 /// The settings of one layer.
-pub trait Group {
+pub trait SettingsGroup {
     /// Returns the name of the layer in the output of `explain`.
     fn layer(&self) -> &'static str;
     /// Returns the common prefix of the keys of this layer.
     fn prefix(&self) -> &'static str;
-    fn rows(&self) -> &'static [Row];
+    /// Returns the descriptions of the settings.
+    fn rows(&self) -> &'static [SettingRow];
     /// Sets the setting of a row. Returns `false` if the value does not have the form of that setting.
-    fn set(&mut self, row: usize, value: &Scalar) -> bool;
-    fn get(&self, row: usize) -> Scalar;
+    fn set(&mut self, row: usize, value: &SettingValue) -> bool;
+    /// Returns the value of the setting of a row.
+    fn get(&self, row: usize) -> SettingValue;
     /// Returns whether the layer is on.
     fn is_on(&self) -> bool;
 }
 
 /// Reads the settings of a single layer. Their keys need no prefix.
 pub(super) fn fill<'de, D: Deserializer<'de>>(
-    group: &mut dyn Group,
+    group: &mut dyn SettingsGroup,
     prefix: &str,
     from: D,
 ) -> Result<(), D::Error> {
     for (key, value) in Tree::deserialize(from)?.flat() {
         let rows = group.rows();
-        let named = |row: &Row| row.key == key || row.key.strip_prefix(prefix) == Some(&*key);
+        let named =
+            |row: &SettingRow| row.key == key || row.key.strip_prefix(prefix) == Some(&*key);
         let Some(nth) = rows.iter().position(named) else {
             let full = format!("{prefix}{key}");
             let known = renamed(&full).or_else(|| near_miss(&full, rows.iter().map(|row| row.key)));
@@ -68,7 +71,10 @@ pub(super) fn fill<'de, D: Deserializer<'de>>(
 }
 
 /// Returns the key of every setting, without the prefix, and its value.
-pub(super) fn settings(group: &dyn Group, prefix: &str) -> Vec<(&'static str, Scalar)> {
+pub(super) fn settings(
+    group: &dyn SettingsGroup,
+    prefix: &str,
+) -> Vec<(&'static str, SettingValue)> {
     let rows = group.rows().iter().enumerate();
     rows.map(|(nth, row)| (row.key.strip_prefix(prefix).unwrap_or(row.key), group.get(nth)))
         .collect()
@@ -105,7 +111,7 @@ macro_rules! group {
             }
         }
 
-        impl Group for $Name {
+        impl SettingsGroup for $Name {
             fn layer(&self) -> &'static str {
                 $layer
             }
@@ -114,8 +120,8 @@ macro_rules! group {
                 $prefix
             }
 
-            fn rows(&self) -> &'static [Row] {
-                const ROWS: &[Row] = &[$(Row {
+            fn rows(&self) -> &'static [SettingRow] {
+                const ROWS: &[SettingRow] = &[$(SettingRow {
                     key: concat!($prefix, stringify!($field)),
                     doc: concat!($($what),+),
                     form: <$Type as Setting>::FORM,
@@ -124,7 +130,7 @@ macro_rules! group {
                 ROWS
             }
 
-            fn set(&mut self, row: usize, value: &Scalar) -> bool {
+            fn set(&mut self, row: usize, value: &SettingValue) -> bool {
                 let mut nth = 0..;
                 $(if nth.next() == Some(row) {
                     return <$Type as Setting>::read(value).map(|read| self.$field = read).is_some();
@@ -132,12 +138,12 @@ macro_rules! group {
                 false
             }
 
-            fn get(&self, row: usize) -> Scalar {
+            fn get(&self, row: usize) -> SettingValue {
                 let mut nth = 0..;
                 $(if nth.next() == Some(row) {
                     return self.$field.show();
                 })*
-                Scalar::Text(String::new())
+                SettingValue::Text(String::new())
             }
 
             fn is_on(&self) -> bool {

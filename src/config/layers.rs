@@ -5,8 +5,8 @@ use std::time::Duration;
 use http::StatusCode;
 
 use super::{
-    group::{Group, Row, group},
-    value::{Scalar, Setting},
+    group::{SettingRow, SettingsGroup, group},
+    value::{Setting, SettingValue},
 };
 #[cfg(feature = "connect")]
 use crate::connect::{self, ClientBuilder, ConnectHandle, ConnectLayer};

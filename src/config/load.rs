@@ -9,15 +9,14 @@ use std::{
     path::Path,
 };
 
-pub(super) use self::sealed::Settings;
 use super::{
-    alias::{Alias, Target, renamed},
-    group::Group,
+    alias::{SettingAlias, Target, renamed},
+    group::SettingsGroup,
     misspelt::near_miss,
     presets::ConfigPreset,
-    value::{Scalar, Tree},
+    value::{SettingValue, Tree},
 };
-use crate::{error::ConfigError, redact};
+use crate::{error::ConfigError, redact, sealed::Sealed};
 
 /// The source of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,41 +91,46 @@ impl fmt::Debug for ConfigErrors {
 impl std::error::Error for ConfigErrors {}
 
 /// The settings of a whole stack, which a [`Loader`] loads: [`ClientConfig`](super::stack::ClientConfig) or
-/// [`ServerConfig`](super::stack::ServerConfig). No other crate can implement it.
-pub trait StackConfig: Settings {
+/// [`ServerConfig`](super::stack::ServerConfig).
+///
+/// The trait is sealed: it cannot be implemented outside of this crate.
+pub trait StackConfig: Sealed + Default {
     /// `client` or `server`.
     const KIND: &'static str;
     /// The default prefix of the environment variables for every service.
     const ENV_PREFIX: &'static str;
-}
+    /// The names of environment variables that are not keys.
+    const ALIASES: &'static [SettingAlias];
+    /// The settings that are off by default where `streaming` is on.
+    const OFF_FOR_STREAMS: &'static [&'static str];
 
-mod sealed {
-    use super::{Alias, ConfigPreset, Group, Sources};
+    /// Returns the settings of the layers, outermost first.
+    fn groups(&self) -> Vec<&dyn SettingsGroup>;
 
-    /// The settings as the loader sets them.
-    pub trait Settings: Default {
-        /// The names of environment variables that are not keys.
-        const ALIASES: &'static [Alias];
-        /// The settings that are off by default where [`STREAMING`](super::STREAMING) is on.
-        const OFF_FOR_STREAMS: &'static [&'static str];
+    /// Returns the settings of the layers, outermost first.
+    fn groups_mut(&mut self) -> Vec<&mut dyn SettingsGroup>;
 
-        /// Returns the settings of the layers, outermost first.
-        fn groups(&self) -> Vec<&dyn Group>;
-        fn groups_mut(&mut self) -> Vec<&mut dyn Group>;
-        fn set_loaded(&mut self, name: String, preset: Option<ConfigPreset>, sources: Sources);
-        fn presets(preset: ConfigPreset) -> &'static [(&'static str, &'static str)];
-    }
+    /// Records the name of the stack, and where the loaded values are from.
+    fn set_loaded(
+        &mut self,
+        name: String,
+        preset: Option<ConfigPreset>,
+        sources: BTreeMap<&'static str, (SettingValue, Source)>,
+    );
+
+    /// Returns the keys and values of a preset.
+    fn presets(preset: ConfigPreset) -> &'static [(&'static str, &'static str)];
 }
 
 /// The loaded values by key, with their sources. If the current value of a setting differs from the value here, the
 /// application has changed it.
-pub(super) type Sources = BTreeMap<&'static str, (Scalar, Source)>;
+pub(super) type Sources = BTreeMap<&'static str, (SettingValue, Source)>;
 
 /// The key of [`CallsConfig`](super::layers::CallsConfig)'s setting.
 const STREAMING: &str = "streaming";
 
 /// Returns the value of a key.
-fn get(config: &impl StackConfig, key: &str) -> Option<Scalar> {
+fn get(config: &impl StackConfig, key: &str) -> Option<SettingValue> {
     config.groups().into_iter().find_map(|group| {
         let nth = group.rows().iter().position(|row| row.key == key)?;
         Some(group.get(nth))
@@ -136,7 +140,7 @@ fn get(config: &impl StackConfig, key: &str) -> Option<Scalar> {
 /// A value that was loaded, before it is applied to the configuration.
 struct Loaded {
     key: String,
-    value: Scalar,
+    value: SettingValue,
     source: Source,
 }
 
@@ -317,7 +321,7 @@ impl<C: StackConfig> Loader<C> {
         self.has_read_env = true;
         let defaults = C::default();
         let is_known = |key: &str| {
-            let mut rows = defaults.groups().into_iter().flat_map(Group::rows);
+            let mut rows = defaults.groups().into_iter().flat_map(SettingsGroup::rows);
             key == "preset" || rows.any(|row| row.key == key)
         };
         let mut found = Vec::new();
@@ -345,15 +349,18 @@ impl<C: StackConfig> Loader<C> {
         found.sort();
         for (_, _, name, key, value) in found {
             let (keys, value) = match alias::<C>(&key).map(|alias| &alias.to) {
-                Some(Target::Keys(keys)) => (*keys, Scalar::Text(value)),
+                Some(Target::Keys(keys)) => (*keys, SettingValue::Text(value)),
                 Some(Target::Attempts(key)) => {
                     let attempts =
                         value.trim().parse::<u32>().map(|retries| i64::from(retries) + 1);
-                    (std::slice::from_ref(key), attempts.map_or(Scalar::Text(value), Scalar::Int))
+                    (
+                        std::slice::from_ref(key),
+                        attempts.map_or(SettingValue::Text(value), SettingValue::Int),
+                    )
                 }
                 Some(Target::Nothing(_)) | None => {
                     let source = Source::Env(name);
-                    self.loaded.push(Loaded { key, value: Scalar::Text(value), source });
+                    self.loaded.push(Loaded { key, value: SettingValue::Text(value), source });
                     continue;
                 }
             };
@@ -368,7 +375,7 @@ impl<C: StackConfig> Loader<C> {
 
     /// Replaces defaults by those of a preset, unless a source names another preset.
     pub fn preset(mut self, preset: ConfigPreset) -> Self {
-        let value = Scalar::Text(preset.as_str().to_owned());
+        let value = SettingValue::Text(preset.as_str().to_owned());
         self.loaded.insert(0, Loaded { key: "preset".to_owned(), value, source: Source::Code });
         self
     }
@@ -398,17 +405,17 @@ impl<C: StackConfig> Loader<C> {
         if let Some(preset) = preset {
             for (key, text) in C::presets(preset) {
                 let source = Source::Preset(preset.as_str());
-                let (key, value) = ((*key).to_owned(), Scalar::Text((*text).to_owned()));
+                let (key, value) = ((*key).to_owned(), SettingValue::Text((*text).to_owned()));
                 self.set(&mut config, &mut sources, Loaded { key, value, source });
             }
         }
         for loaded in loaded {
             self.set(&mut config, &mut sources, loaded);
         }
-        let is_streaming = get(&config, STREAMING) == Some(Scalar::Bool(true));
+        let is_streaming = get(&config, STREAMING) == Some(SettingValue::Bool(true));
         let implied = C::OFF_FOR_STREAMS.iter().filter(|key| !sources.contains_key(**key));
         for key in implied.filter(|_| is_streaming).collect::<Vec<_>>() {
-            let (key, value) = ((*key).to_owned(), Scalar::Bool(false));
+            let (key, value) = ((*key).to_owned(), SettingValue::Bool(false));
             let source = Source::Implied(STREAMING);
             self.set(&mut config, &mut sources, Loaded { key, value, source });
         }
@@ -428,7 +435,7 @@ impl<C: StackConfig> Loader<C> {
             }
             return;
         }
-        let rows = config.groups().into_iter().flat_map(Group::rows);
+        let rows = config.groups().into_iter().flat_map(SettingsGroup::rows);
         let near = || {
             let keys = rows.map(|row| row.key).chain(["preset"]);
             let key = renamed(&loaded.key).or_else(|| near_miss(&loaded.key, keys));
@@ -491,6 +498,6 @@ fn is_service_link(key: &str, value: &str) -> bool {
 }
 
 /// Returns the alias of this name.
-fn alias<C: StackConfig>(name: &str) -> Option<&'static Alias> {
+fn alias<C: StackConfig>(name: &str) -> Option<&'static SettingAlias> {
     C::ALIASES.iter().find(|alias| alias.name == name)
 }

@@ -148,6 +148,8 @@ mod stack;
 mod value;
 
 pub use self::{
+    alias::SettingAlias,
+    group::{SettingRow, SettingsGroup},
     layers::{
         BreakerConfig, CallsConfig, CheckHealthConfig, ConnectConfig, DeadlineConfig,
         HealthProbeConfig, HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
@@ -155,4 +157,5 @@ pub use self::{
     load::{ConfigErrors, Loader, Source, StackConfig},
     presets::ConfigPreset,
     stack::{ClientConfig, ServerConfig, SettingChange},
+    value::SettingValue,
 };

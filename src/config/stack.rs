@@ -3,16 +3,17 @@ use std::fmt;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
 use super::{
-    alias::{self, Alias},
-    group::{Group, Row},
+    alias::{self, SettingAlias},
+    group::{SettingRow, SettingsGroup},
     layers::{
         BreakerConfig, CallsConfig, CheckHealthConfig, ConnectConfig, DeadlineConfig,
         HealthProbeConfig, HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
     },
-    load::{ConfigErrors, Loader, Settings, Source, Sources, StackConfig},
+    load::{ConfigErrors, Loader, Source, Sources, StackConfig},
     presets::ConfigPreset,
-    value::{Scalar, Tree},
+    value::{SettingValue, Tree},
 };
+use crate::sealed::Sealed;
 
 /// A setting whose values differ between two configurations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,20 +55,19 @@ macro_rules! stack {
             }
         }
 
+        impl Sealed for $Name {}
+
         impl StackConfig for $Name {
             const KIND: &'static str = $kind;
             const ENV_PREFIX: &'static str = $prefix;
-        }
-
-        impl Settings for $Name {
             const OFF_FOR_STREAMS: &'static [&'static str] = $off;
-            const ALIASES: &'static [Alias] = $aliases;
+            const ALIASES: &'static [SettingAlias] = $aliases;
 
-            fn groups(&self) -> Vec<&dyn Group> {
+            fn groups(&self) -> Vec<&dyn SettingsGroup> {
                 vec![$(&self.$field),*]
             }
 
-            fn groups_mut(&mut self) -> Vec<&mut dyn Group> {
+            fn groups_mut(&mut self) -> Vec<&mut dyn SettingsGroup> {
                 vec![$(&mut self.$field),*]
             }
 
@@ -151,7 +151,7 @@ macro_rules! stack {
             /// Returns the settings of these groups that the application has set, with their values. Those of defaults
             /// and presets are left out.
             #[allow(dead_code, reason = "some stacks apply all of their settings")]
-            pub(crate) fn chosen(&self, groups: &[&dyn Group]) -> Vec<(&'static str, Scalar)> {
+            pub(crate) fn chosen(&self, groups: &[&dyn SettingsGroup]) -> Vec<(&'static str, SettingValue)> {
                 let defaults = Self::default();
                 let mut chosen = Vec::new();
                 for group in groups {
@@ -246,7 +246,7 @@ stack! {
     calls: CallsConfig = CallsConfig::default();
 }
 
-fn find<'a>(stack: &'a impl StackConfig, key: &str) -> Option<(&'a dyn Group, usize)> {
+fn find<'a>(stack: &'a impl StackConfig, key: &str) -> Option<(&'a dyn SettingsGroup, usize)> {
     stack.groups().into_iter().find_map(|group| {
         let nth = group.rows().iter().position(|row| row.key == key)?;
         Some((group, nth))
@@ -255,7 +255,7 @@ fn find<'a>(stack: &'a impl StackConfig, key: &str) -> Option<(&'a dyn Group, us
 
 /// Returns the source of the value `now` of a setting. It is the loaded source, unless the application has changed the
 /// value since.
-fn source(sources: &Sources, row: &Row, now: &Scalar) -> Source {
+fn source(sources: &Sources, row: &SettingRow, now: &SettingValue) -> Source {
     match sources.get(row.key) {
         Some((then, source)) if then == now => source.clone(),
         Some(_) => Source::Code,
@@ -264,7 +264,7 @@ fn source(sources: &Sources, row: &Row, now: &Scalar) -> Source {
 }
 
 /// Returns notes on the combined effect of several settings of a layer.
-fn note(group: &dyn Group) -> Option<String> {
+fn note(group: &dyn SettingsGroup) -> Option<String> {
     let get = |key: &str| {
         let nth = group.rows().iter().position(|row| row.key == key)?;
         Some(group.get(nth).to_string()).filter(|value| value != "off")

@@ -10,19 +10,24 @@ use serde::{
 
 use crate::redact;
 
-/// A single value in the form in which it was written. `Display` prints the value itself, which may contain secrets.
-/// `Debug` prints the text of [`Scalar::redacted`].
+/// A single value in the form in which it was written.
+///
+/// `Display` prints the value itself, which may contain secrets. `Debug` prints it without them, and at most 256 bytes.
 #[derive(Clone, PartialEq)]
-pub enum Scalar {
+pub enum SettingValue {
+    /// `true` or `false`.
     Bool(bool),
+    /// A whole number.
     Int(i64),
+    /// A number with a fraction.
     Float(f64),
+    /// A text, also that of a duration or a word.
     Text(String),
     /// The items of a list, separated by commas.
     List(String),
 }
 
-impl Scalar {
+impl SettingValue {
     /// Returns the value without secrets, at most 256 bytes of it.
     pub(super) fn redacted(&self) -> String {
         match self {
@@ -40,13 +45,13 @@ impl Scalar {
     }
 }
 
-impl fmt::Debug for Scalar {
+impl fmt::Debug for SettingValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.redacted())
     }
 }
 
-impl fmt::Display for Scalar {
+impl fmt::Display for SettingValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Bool(value) => value.fmt(f),
@@ -57,7 +62,7 @@ impl fmt::Display for Scalar {
     }
 }
 
-impl Serialize for Scalar {
+impl Serialize for SettingValue {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Bool(value) => serializer.serialize_bool(*value),
@@ -68,21 +73,21 @@ impl Serialize for Scalar {
     }
 }
 
-/// The conversion between the type of a setting and a [`Scalar`].
+/// The conversion between the type of a setting and a [`SettingValue`].
 pub(super) trait Setting: Sized {
     /// The form of a valid value, as errors state it after "use".
     const FORM: &'static str;
 
-    fn read(value: &Scalar) -> Option<Self>;
-    fn show(&self) -> Scalar;
+    fn read(value: &SettingValue) -> Option<Self>;
+    fn show(&self) -> SettingValue;
 }
 
 const OFF: &str = "off";
 
-fn is_off(value: &Scalar) -> bool {
+fn is_off(value: &SettingValue) -> bool {
     match value {
-        Scalar::Bool(on) => !on,
-        Scalar::Text(text) => matches!(text.trim(), "off" | "none"),
+        SettingValue::Bool(on) => !on,
+        SettingValue::Text(text) => matches!(text.trim(), "off" | "none"),
         _ => false,
     }
 }
@@ -90,79 +95,79 @@ fn is_off(value: &Scalar) -> bool {
 impl Setting for Duration {
     const FORM: &'static str = "a time such as 250ms, 1m 30s or, in seconds, 2.5";
 
-    fn read(value: &Scalar) -> Option<Self> {
+    fn read(value: &SettingValue) -> Option<Self> {
         match value {
-            Scalar::Int(secs) => u64::try_from(*secs).ok().map(Self::from_secs),
-            Scalar::Float(secs) => Self::try_from_secs_f64(*secs).ok(),
-            Scalar::Text(text) => match text.trim().parse() {
+            SettingValue::Int(secs) => u64::try_from(*secs).ok().map(Self::from_secs),
+            SettingValue::Float(secs) => Self::try_from_secs_f64(*secs).ok(),
+            SettingValue::Text(text) => match text.trim().parse() {
                 Ok(secs) => Self::try_from_secs_f64(secs).ok(),
                 Err(_) => humantime::parse_duration(text.trim()).ok(),
             },
-            Scalar::Bool(_) | Scalar::List(_) => None,
+            SettingValue::Bool(_) | SettingValue::List(_) => None,
         }
     }
 
-    fn show(&self) -> Scalar {
-        Scalar::Text(humantime::format_duration(*self).to_string())
+    fn show(&self) -> SettingValue {
+        SettingValue::Text(humantime::format_duration(*self).to_string())
     }
 }
 
 impl<T: Setting> Setting for Option<T> {
     const FORM: &'static str = T::FORM;
 
-    fn read(value: &Scalar) -> Option<Self> {
+    fn read(value: &SettingValue) -> Option<Self> {
         if is_off(value) { Some(None) } else { T::read(value).map(Some) }
     }
 
-    fn show(&self) -> Scalar {
-        self.as_ref().map_or_else(|| Scalar::Text(OFF.into()), Setting::show)
+    fn show(&self) -> SettingValue {
+        self.as_ref().map_or_else(|| SettingValue::Text(OFF.into()), Setting::show)
     }
 }
 
 impl Setting for bool {
     const FORM: &'static str = "true or false";
 
-    fn read(value: &Scalar) -> Option<Self> {
+    fn read(value: &SettingValue) -> Option<Self> {
         match value {
-            Scalar::Bool(value) => Some(*value),
-            Scalar::Text(text) => text.trim().parse().ok(),
+            SettingValue::Bool(value) => Some(*value),
+            SettingValue::Text(text) => text.trim().parse().ok(),
             _ => None,
         }
     }
 
-    fn show(&self) -> Scalar {
-        Scalar::Bool(*self)
+    fn show(&self) -> SettingValue {
+        SettingValue::Bool(*self)
     }
 }
 
 impl Setting for f64 {
     const FORM: &'static str = "a number such as 0.2";
 
-    fn read(value: &Scalar) -> Option<Self> {
+    fn read(value: &SettingValue) -> Option<Self> {
         let number = match value {
-            Scalar::Int(value) => *value as Self,
-            Scalar::Float(value) => *value,
-            Scalar::Text(text) => text.trim().parse().ok()?,
-            Scalar::Bool(_) | Scalar::List(_) => return None,
+            SettingValue::Int(value) => *value as Self,
+            SettingValue::Float(value) => *value,
+            SettingValue::Text(text) => text.trim().parse().ok()?,
+            SettingValue::Bool(_) | SettingValue::List(_) => return None,
         };
         number.is_finite().then_some(number)
     }
 
-    fn show(&self) -> Scalar {
-        Scalar::Float(*self)
+    fn show(&self) -> SettingValue {
+        SettingValue::Float(*self)
     }
 }
 
 impl Setting for String {
     const FORM: &'static str = "a text";
 
-    fn read(value: &Scalar) -> Option<Self> {
-        let is_list = matches!(value, Scalar::List(_));
+    fn read(value: &SettingValue) -> Option<Self> {
+        let is_list = matches!(value, SettingValue::List(_));
         Some(value.to_string()).filter(|text| !is_list && !text.is_empty())
     }
 
-    fn show(&self) -> Scalar {
-        Scalar::Text(self.clone())
+    fn show(&self) -> SettingValue {
+        SettingValue::Text(self.clone())
     }
 }
 
@@ -170,16 +175,16 @@ impl Setting for String {
 impl Setting for Vec<StatusCode> {
     const FORM: &'static str = "HTTP statuses such as 429, 529, or off";
 
-    fn read(value: &Scalar) -> Option<Self> {
-        if is_off(value) || matches!(value, Scalar::List(items) if items.is_empty()) {
+    fn read(value: &SettingValue) -> Option<Self> {
+        if is_off(value) || matches!(value, SettingValue::List(items) if items.is_empty()) {
             return Some(Self::new());
         }
         value.to_string().split(',').map(|status| status.trim().parse().ok()).collect()
     }
 
-    fn show(&self) -> Scalar {
+    fn show(&self) -> SettingValue {
         let texts: Vec<_> = self.iter().map(StatusCode::as_str).collect();
-        Scalar::Text(if texts.is_empty() { OFF.to_owned() } else { texts.join(", ") })
+        SettingValue::Text(if texts.is_empty() { OFF.to_owned() } else { texts.join(", ") })
     }
 }
 
@@ -188,16 +193,16 @@ macro_rules! whole_numbers {
         impl Setting for $Type {
             const FORM: &'static str = "a whole number, 0 or more";
 
-            fn read(value: &Scalar) -> Option<Self> {
+            fn read(value: &SettingValue) -> Option<Self> {
                 match value {
-                    Scalar::Int(value) => (*value).try_into().ok(),
-                    Scalar::Text(text) => text.trim().parse().ok(),
+                    SettingValue::Int(value) => (*value).try_into().ok(),
+                    SettingValue::Text(text) => text.trim().parse().ok(),
                     _ => None,
                 }
             }
 
-            fn show(&self) -> Scalar {
-                i64::try_from(*self).map_or_else(|_| Scalar::Text(self.to_string()), Scalar::Int)
+            fn show(&self) -> SettingValue {
+                i64::try_from(*self).map_or_else(|_| SettingValue::Text(self.to_string()), SettingValue::Int)
             }
         }
     )*};
@@ -209,13 +214,13 @@ whole_numbers!(u16, u32, u64, usize);
 /// The content of a file: a table of values and tables.
 #[derive(Clone, PartialEq)]
 pub(super) enum Tree {
-    Leaf(Scalar),
+    Leaf(SettingValue),
     Table(Vec<(String, Tree)>),
 }
 
 impl Tree {
     /// Returns every value with its path, such as `retry_attempts` for `attempts` in the table `retry`.
-    pub(super) fn flat(self) -> Vec<(String, Scalar)> {
+    pub(super) fn flat(self) -> Vec<(String, SettingValue)> {
         let (mut open, mut flat) = (vec![(String::new(), self)], Vec::new());
         while let Some((path, tree)) = open.pop() {
             match tree {
@@ -242,25 +247,25 @@ impl<'de> Deserialize<'de> for Tree {
             }
 
             fn visit_bool<E>(self, value: bool) -> Result<Tree, E> {
-                Ok(Tree::Leaf(Scalar::Bool(value)))
+                Ok(Tree::Leaf(SettingValue::Bool(value)))
             }
 
             fn visit_i64<E>(self, value: i64) -> Result<Tree, E> {
-                Ok(Tree::Leaf(Scalar::Int(value)))
+                Ok(Tree::Leaf(SettingValue::Int(value)))
             }
 
             fn visit_u64<E>(self, value: u64) -> Result<Tree, E> {
                 let value = i64::try_from(value)
-                    .map_or_else(|_| Scalar::Text(value.to_string()), Scalar::Int);
+                    .map_or_else(|_| SettingValue::Text(value.to_string()), SettingValue::Int);
                 Ok(Tree::Leaf(value))
             }
 
             fn visit_f64<E>(self, value: f64) -> Result<Tree, E> {
-                Ok(Tree::Leaf(Scalar::Float(value)))
+                Ok(Tree::Leaf(SettingValue::Float(value)))
             }
 
             fn visit_str<E: Error>(self, value: &str) -> Result<Tree, E> {
-                Ok(Tree::Leaf(Scalar::Text(value.to_owned())))
+                Ok(Tree::Leaf(SettingValue::Text(value.to_owned())))
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Tree, A::Error> {
@@ -271,12 +276,12 @@ impl<'de> Deserialize<'de> for Tree {
                     };
                     texts.push(item.to_string());
                 }
-                Ok(Tree::Leaf(Scalar::List(texts.join(", "))))
+                Ok(Tree::Leaf(SettingValue::List(texts.join(", "))))
             }
 
             /// Reads the `null` of JSON as `off`.
             fn visit_unit<E>(self) -> Result<Tree, E> {
-                Ok(Tree::Leaf(Scalar::Text(OFF.to_owned())))
+                Ok(Tree::Leaf(SettingValue::Text(OFF.to_owned())))
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Tree, A::Error> {
@@ -300,7 +305,7 @@ mod tests {
 
     #[test]
     fn config_times_are_text_or_seconds() {
-        let text = |text: &str| Duration::read(&Scalar::Text(text.into()));
+        let text = |text: &str| Duration::read(&SettingValue::Text(text.into()));
         for (written, millis) in
             [("250ms", 250), ("2s", 2000), ("1m 30s", 90_000), ("2.5", 2500), (" 3 ", 3000)]
         {
@@ -310,10 +315,10 @@ mod tests {
             assert_eq!(text(written), None, "{written}");
         }
         for number in [-1.0, f64::NAN, f64::INFINITY, 1e300] {
-            assert_eq!(Duration::read(&Scalar::Float(number)), None);
+            assert_eq!(Duration::read(&SettingValue::Float(number)), None);
         }
-        assert_eq!(Duration::read(&Scalar::Int(-1)), None);
-        assert_eq!(Option::<Duration>::read(&Scalar::Text("off".into())), Some(None));
+        assert_eq!(Duration::read(&SettingValue::Int(-1)), None);
+        assert_eq!(Option::<Duration>::read(&SettingValue::Text("off".into())), Some(None));
         let odd = Duration::new(90, 250_000_001);
         assert_eq!(Duration::read(&odd.show()), Some(odd), "as it is shown it can be read");
     }
@@ -321,7 +326,7 @@ mod tests {
     proptest! {
         #[test]
         fn fuzz_any_time_is_read_or_rejected(text in "(-?[0-9.]{0,22}(e[0-9]{1,3})? ?[a-zA-Zµ]{0,7} ?){0,4}|.{0,20}") {
-            if let Some(time) = Duration::read(&Scalar::Text(text)) {
+            if let Some(time) = Duration::read(&SettingValue::Text(text)) {
                 prop_assert_eq!(Duration::read(&time.show()), Some(time));
             }
         }
@@ -333,8 +338,8 @@ mod tests {
             prop_assert_eq!(Duration::read(&time.show()), Some(time));
             prop_assert_eq!(u64::read(&number.show()), Some(number));
             let share = Some(share).filter(|share| share.is_finite());
-            prop_assert_eq!(share.and_then(|share| f64::read(&Scalar::Text(share.show().to_string()))), share);
-            let as_number = Duration::read(&Scalar::Float(time.as_secs_f64()));
+            prop_assert_eq!(share.and_then(|share| f64::read(&SettingValue::Text(share.show().to_string()))), share);
+            let as_number = Duration::read(&SettingValue::Float(time.as_secs_f64()));
             prop_assert!(as_number.is_none_or(|read| read.abs_diff(time) <= time / 1_000_000));
         }
     }

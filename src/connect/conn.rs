@@ -52,6 +52,7 @@ use crate::sync::{Mutex, MutexGuard};
 use crate::{
     outcome::Outcome,
     permit::{Permit, Release, ReleaseAt, Token},
+    sealed::Sealed,
     time::Nanos,
 };
 
@@ -444,6 +445,8 @@ impl Conn {
         self.waker.lock()
     }
 }
+
+impl Sealed for Conn {}
 
 impl Release for Conn {
     fn release(&self, token: Token, _: Outcome) {

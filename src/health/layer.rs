@@ -32,6 +32,7 @@ admission_layer! {
     layer HealthProbeLayer { probe: P }
     /// The service of a [`HealthProbeLayer`].
     service HealthProbe []
+    future HealthProbeFuture
     policy Arc<Gate>
 }
 

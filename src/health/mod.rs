@@ -210,7 +210,7 @@ pub use self::{
     entry::{CheckSnapshot, CheckState, HealthStatus},
     fail_open::FailOpen,
     handle::{HealthProbeHandle, HealthProbeSnapshot, LastProbe},
-    layer::{HealthProbe, HealthProbeLayer},
+    layer::{HealthProbe, HealthProbeFuture, HealthProbeLayer},
     probe::{
         AnyResponse, CallProbe, ClassifiedProbe, ExpectedResponse, FailedProbe, FnProbe, Get, Grpc,
         HttpProbe, Probe, ProbeFailure, SendRequest, StatusProbe,
@@ -219,4 +219,4 @@ pub use self::{
     reporter::Reporter,
     threshold::ProbeState,
 };
-pub use crate::{admission::AdmissionFuture, indicator::Indicator};
+pub use crate::indicator::Indicator;

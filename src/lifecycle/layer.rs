@@ -89,9 +89,7 @@ where
 {
     type Response = Response<TrackedBody<B>>;
     type Error = S::Error;
-    type Future = LifecycleFuture<
-        AdmissionFuture<S, Request<ReqB>, S::Future, HttpCall, DrainPolicy, Http, Respond>,
-    >;
+    type Future = LifecycleFuture<S, ReqB, S::Future>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         Service::<Request<ReqB>>::poll_ready(&mut self.admission, cx)
@@ -110,18 +108,20 @@ where
 
 pin_project! {
     /// The future of a [`LifecycleService`]'s call.
-    pub struct LifecycleFuture<F> {
+    pub struct LifecycleFuture<S, ReqB, F> {
         #[pin]
-        future: F,
+        future: AdmissionFuture<S, Request<ReqB>, F, HttpCall, DrainPolicy, Http, Respond>,
         state: Option<ShardedRef<LifecycleState>>,
     }
 }
 
-impl<F, B, E> Future for LifecycleFuture<F>
+impl<S, ReqB, B> Future for LifecycleFuture<S, ReqB, S::Future>
 where
-    F: Future<Output = Result<Response<B>, E>>,
+    S: Service<Request<ReqB>, Response = Response<B>, Error: 'static>,
+    ReqB: 'static,
+    B: Body<Data: From<Bytes>>,
 {
-    type Output = F::Output;
+    type Output = Result<Response<TrackedBody<B>>, S::Error>;
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -170,7 +170,7 @@ impl<S> fmt::Debug for LifecycleService<S> {
     }
 }
 
-impl<F> fmt::Debug for LifecycleFuture<F> {
+impl<S, ReqB, F> fmt::Debug for LifecycleFuture<S, ReqB, F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("LifecycleFuture")
     }

@@ -21,6 +21,7 @@ use crate::{
     health::Reporter,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
     permit::{Permit, Release, ReleaseAt, ShardedArc, ShardedRef, Token},
+    sealed::Sealed,
     sync::Mutex,
 };
 
@@ -89,7 +90,7 @@ impl LifecycleStep {
 }
 
 /// The state that the handles, layers and tokens of a lifecycle share.
-pub struct LifecycleState {
+pub(crate) struct LifecycleState {
     /// The step as a number, for reads without a lock. Written under the lock of `step`.
     now: AtomicU8,
     /// The step, for the tasks that wait for a change. Steps only advance.
@@ -333,7 +334,7 @@ impl ShardedRef<LifecycleState> {
 
 /// The policy of a [`LifecycleLayer`](super::layer::LifecycleLayer): admits calls until the grace is over.
 #[derive(Clone, Debug)]
-pub struct DrainPolicy(pub(super) ShardedArc<LifecycleState>);
+pub(super) struct DrainPolicy(pub(super) ShardedArc<LifecycleState>);
 
 impl<Req> Policy<Req> for DrainPolicy {
     type StateRef = ShardedRef<LifecycleState>;
@@ -378,6 +379,8 @@ impl<Req> Policy<Req> for DrainPolicy {
         permit.is_none().then(|| self.0.closed_signal.clone())
     }
 }
+
+impl Sealed for LifecycleState {}
 
 impl Release for LifecycleState {
     fn release(&self, _: Token, _: Outcome) {

@@ -30,6 +30,7 @@ admission_layer! {
     layer ConcurrencyLimitLayer {}
     /// The service of a [`ConcurrencyLimitLayer`].
     service ConcurrencyLimit []
+    future ConcurrencyLimitFuture
     policy SharedLimiter
 }
 

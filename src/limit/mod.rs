@@ -183,8 +183,7 @@ mod wait;
 
 pub use self::{
     handle::{ConcurrencyLimitHandle, ConcurrencyLimitSnapshot},
-    layer::{ConcurrencyLimit, ConcurrencyLimitLayer},
+    layer::{ConcurrencyLimit, ConcurrencyLimitFuture, ConcurrencyLimitLayer},
     queue::QueueOrder,
-    upgrade::{CallPermit, OwnedPermit, Upgrades},
+    upgrade::{CallPermit, OwnedPermit, UpgradableCall, Upgrades},
 };
-pub use crate::admission::AdmissionFuture;

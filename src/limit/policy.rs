@@ -17,6 +17,7 @@ use crate::{
     admission::{Admit, Policy, Terms},
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
     permit::{Measures, Release, ReleaseAt, Slot, Token},
+    sealed::Sealed,
     time::CallClock,
 };
 
@@ -162,6 +163,8 @@ impl Release for Slot<Limiter> {
 }
 
 /// The release of a call that needs the limiter: of an adaptive limit, in a partition, or exempt.
+impl Sealed for Limiter {}
+
 impl Release for Limiter {
     #[inline]
     fn release(&self, token: Token, outcome: Outcome) {

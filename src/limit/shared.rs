@@ -10,7 +10,7 @@ use crate::{
 
 /// A reference to a limiter, held by its layers, services, handles and waiting calls.
 #[derive(Clone, Debug)]
-pub struct SharedLimiter(ShardedArc<Limiter>);
+pub(super) struct SharedLimiter(ShardedArc<Limiter>);
 
 /// The owner of a permit: the slot of the limit, or the limiter for a call whose release needs it.
 pub(super) type LimitStateRef = ShardOrSlot<Limiter, Slot<Limiter>>;

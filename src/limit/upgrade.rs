@@ -5,9 +5,10 @@ use std::{fmt, mem, sync::Arc, time::Duration};
 use super::shared::LimitPermit;
 use crate::sync::{Mutex, MutexGuard};
 use crate::{
-    classify::Classifier,
+    classify::Protocol,
     outcome::{CallerDeadline, HealthCall, Outcome, SentMark, UpstreamClock, WaitsFor},
     permit::{Measures, Permit, Release, ReleaseAt, StateRef, Token},
+    sealed::Sealed,
     time::Deadline,
 };
 use http::Request;
@@ -150,6 +151,8 @@ impl UpgradeSlot {
     }
 }
 
+impl Sealed for UpgradeSlot {}
+
 impl Release for UpgradeSlot {
     fn release(&self, token: Token, outcome: Outcome) {
         self.release_part(Holder::Handler, outcome, token.clock);
@@ -249,9 +252,11 @@ impl Drop for MeasuringPermit {
     }
 }
 
-impl<M, ReqB, Res, E> Classifier<Request<ReqB>, Res, E> for Upgrades<M>
+impl<M> Sealed for Upgrades<M> {}
+
+impl<M, ReqB, Res, E> Protocol<Request<ReqB>, Res, E> for Upgrades<M>
 where
-    M: Classifier<Request<ReqB>, Res, E>,
+    M: Protocol<Request<ReqB>, Res, E>,
 {
     type Response = M::Response;
     type Call = UpgradableCall<M::Call>;

@@ -21,7 +21,7 @@ pin_project! {
     /// A call that waits in the queue. It completes with the permit or with the rejection.
     ///
     /// Dropping it at any point removes the queue entry, or passes on a permit that the entry has just received.
-    pub struct PermitWait {
+    pub(crate) struct PermitWait {
         entry: OwnedEntry,
         deadline: Option<Instant>,
         // The end of the wait: the maximum wait or the deadline, whichever is earlier.

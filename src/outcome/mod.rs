@@ -2,14 +2,14 @@
 //!
 //! ```text
 //!             peek                  admit                      classify              end of stream
-//!  poll_ready ─────▶ inner ready ───────▶ Permit ─▶ inner call ─▶ Protocol ─▶ Outcome ──▶ Permit::finish
+//!  poll_ready ─────▶ inner ready ───────▶ Permit ─▶ inner call ─▶ Protocol ─▶ Outcome ────▶ released
 //!      │                             │                             └─▶ body decides ─▶ TrackedBody ─┘
 //!      └ rejected: inner not polled  └ rejected: Rejected ─▶ Reject ─▶ an error, or a response
 //! ```
 //!
 //! 1. [`Outcome`]: the result of a call as classified by a layer, and the reason for it.
 //! 2. [`Protocol`]: classifies a response head, an error, or the end of a response body.
-//! 3. *Permit*: the right to make one call. It is released exactly once, also if the call is dropped or panics. A
+//! 3. [`Permit`]: the right to make one call. It is released exactly once, also if the call is dropped or panics. A
 //!    permit of an earlier generation never changes the current state.
 //! 4. [`TrackedBody`]: holds the permit until the end of the response body.
 //! 5. [`Rejected`]: the rejection of a call. A [`Reject`] strategy converts it into an error or a response.
@@ -56,6 +56,7 @@
 //!
 //! [`Protocol`]: crate::classify::Protocol
 //! [`Http`]: crate::classify::Http
+//! [`Permit`]: crate::permit::Permit
 //! [`TrackedBody`]: crate::permit::TrackedBody
 //! [`Reject`]: crate::respond::Reject
 //! [`Deadline`]: crate::Deadline
@@ -78,22 +79,21 @@ pub(crate) use self::attribution::is_mark_requested;
 pub(crate) use self::connection::{ConnectionError, RetiredConnection};
 #[cfg(feature = "tonic")]
 pub(crate) use self::tonic_status::is_timeout_of_tonic;
-pub use self::{
-    attribution::SentMark,
-    outcome::{Outcome, OutcomeKind, Reason},
-    rejected::Rejected,
-    rejected_kind::{RejectedKind, TimeoutPhase},
-};
 pub(crate) use self::{
     attribution::dropped,
-    grpc::HealthCall,
     retry_after::{MAX_HINT, Pushback},
 };
 pub(crate) use self::{
     attribution::{
-        COUNT_CANCELLED_AFTER, CallerDeadline, Ending, UpstreamClock, WaitsFor, attribute,
-        request_mark,
+        COUNT_CANCELLED_AFTER, CallerDeadline, Ending, UpstreamClock, attribute, request_mark,
     },
     rejected::LayerKind,
+};
+pub use self::{
+    attribution::{SentMark, WaitsFor},
+    grpc::HealthCall,
+    outcome::{Outcome, OutcomeKind, Reason},
+    rejected::Rejected,
+    rejected_kind::{RejectedKind, TimeoutPhase},
 };
 pub(crate) use self::{eos::Eos, http::known};

@@ -25,7 +25,7 @@ pub struct Rejected {
 
 /// The layers that reject calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum LayerKind {
+pub(crate) enum LayerKind {
     CircuitBreaker,
     ConcurrencyLimit,
     HealthProbe,

@@ -80,7 +80,7 @@ impl<B: Body> Body for EitherBody<B> {
     }
 }
 
-/// A response body that can contain data of a layer.
+/// A response body that can contain data of a layer: a [`TrackedBody`] or a `TimedBody`.
 pub trait FromBytes {
     /// Returns a body that contains `data` and ends after it.
     fn from_bytes(data: Bytes) -> Self;

@@ -58,15 +58,15 @@ mod slot;
 mod state_ref;
 pub(crate) mod unread;
 
-pub use self::body::TrackedBody;
-pub(crate) use self::sharded::{ShardedArc, ShardedRef};
 pub(crate) use self::{
     body::EitherBody,
+    sharded::{ShardedArc, ShardedRef},
     slot::{FreeSlots, OwnedSlot, Slot, SlotOwner, SlotRef},
+    state_ref::ShardOrSlot,
 };
-pub(crate) use self::{
-    body::FromBytes,
+pub use self::{
+    body::{FromBytes, TrackedBody},
     permit::Permit,
     release::{Measures, Release, ReleaseAt, Token},
-    state_ref::{ShardOrSlot, StateRef},
+    state_ref::{DynStateRef, StateRef},
 };

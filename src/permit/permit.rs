@@ -33,11 +33,10 @@ use crate::outcome::{
     dropped as outcome_of_drop,
 };
 
-/// The right to make one call. See the [module](self).
+/// The right to make one call. See the [module](super).
 ///
-/// [`release`](Self::release) releases it with an outcome. Dropping it releases it with the outcome that
-/// [`set_drop_outcome`](Self::set_drop_outcome) has set, with a failure if the inner service panicked under
-/// [`guard`](Self::guard), and otherwise with the outcome of a dropped call.
+/// A permit is released once, with the outcome of its call. Dropping it releases it as well: with a failure if the inner
+/// service panicked, and otherwise with the outcome of a call that its caller dropped.
 pub struct Permit<G: StateRef = DynStateRef> {
     /// The state that issued the permit. `None` once the permit is spent.
     state: Option<G>,

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::outcome::{Outcome, UpstreamClock, WaitsFor};
+use crate::{
+    outcome::{Outcome, UpstreamClock, WaitsFor},
+    sealed::Sealed,
+};
 
 /// The record of its admission that a permit carries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,8 +49,9 @@ pub enum ReleaseAt {
 
 /// The state that issues permits and receives the outcomes of their calls.
 ///
-/// The trait is object-safe, so that the type of a response body does not depend on the layer.
-pub trait Release: Send + Sync + 'static {
+/// The trait is object-safe, so that the type of a response body does not depend on the layer. It is sealed: it cannot be
+/// implemented outside of this crate.
+pub trait Release: Sealed + Send + Sync + 'static {
     /// Releases the permit of this token and records the outcome of its call. Called exactly once for each token.
     fn release(&self, token: Token, outcome: Outcome);
 

@@ -92,7 +92,7 @@ impl<T> Deref for Shard<T> {
 }
 
 /// A reference to a shard of a [`ShardedArc`] state, held by one call.
-pub struct ShardedRef<T>(Arc<Shard<T>>);
+pub(crate) struct ShardedRef<T>(Arc<Shard<T>>);
 
 impl<T> ShardedRef<T> {
     fn of(state: Arc<T>) -> Self {

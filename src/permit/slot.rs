@@ -68,10 +68,13 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use crate::sync::{Mutex, modelled};
+use crate::{
+    sealed::Sealed,
+    sync::{Mutex, modelled},
+};
 
 /// A state that can own a [slot](self).
-pub trait SlotOwner: Sized + Send + Sync + 'static {
+pub(crate) trait SlotOwner: Sized + Send + Sync + 'static {
     /// The part of the state that calls reach without a lookup. The default is the word of a new slot.
     type Word: Default + Send + Sync;
 
@@ -82,10 +85,12 @@ pub trait SlotOwner: Sized + Send + Sync + 'static {
 /// A leaked word with a way to its owner: see the [module](self). Aligned to a cache line, so that an owner that often
 /// changes its word does not slow down the calls of others.
 #[repr(align(64))]
-pub struct Slot<O: SlotOwner> {
+pub(crate) struct Slot<O: SlotOwner> {
     word: O::Word,
     registration: modelled::Mutex<Registration<O>>,
 }
+
+impl<O: SlotOwner> Sealed for Slot<O> {}
 
 struct Registration<O: SlotOwner> {
     /// The number of owners that have unregistered.
@@ -238,7 +243,7 @@ impl<O: SlotOwner> fmt::Debug for SlotRef<O> {
 // ===== The free list =====
 
 /// The slots of one type of owner that have no owner.
-pub struct FreeSlots<O: SlotOwner>(Mutex<Vec<&'static Slot<O>>>);
+pub(crate) struct FreeSlots<O: SlotOwner>(Mutex<Vec<&'static Slot<O>>>);
 
 impl<O: SlotOwner> FreeSlots<O> {
     pub(crate) const fn new() -> Self {

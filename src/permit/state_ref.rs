@@ -18,7 +18,10 @@ use super::{
     release::{Measures, Release, ReleaseAt, Token},
     sharded::ShardedRef,
 };
-use crate::outcome::{Outcome, WaitsFor};
+use crate::{
+    outcome::{Outcome, WaitsFor},
+    sealed::Sealed,
+};
 
 /// A reference to the state that issued a permit. It can be type-erased.
 pub trait StateRef: Release + Into<DynStateRef> {}
@@ -98,6 +101,8 @@ macro_rules! forward_release {
     };
 }
 
+impl<P: Deref<Target: Release>> Sealed for P {}
+
 impl<P> Release for P
 where
     P: Deref<Target: Release> + Send + Sync + 'static,
@@ -107,12 +112,14 @@ where
 
 /// A reference to a state whose calls hold a shard, or to its slot. The layer chooses one of them for each call.
 #[derive(Debug)]
-pub enum ShardOrSlot<T, L: 'static = T> {
+pub(crate) enum ShardOrSlot<T, L: 'static = T> {
     /// A shard, which keeps the state alive.
     Shard(ShardedRef<T>),
     /// A leaked word.
     Slot(&'static L),
 }
+
+impl<T, L> Sealed for ShardOrSlot<T, L> {}
 
 impl<T: Release, L: Release> Release for ShardOrSlot<T, L> {
     forward_release!(Self::Shard(state) => state, Self::Slot(slot) => slot);

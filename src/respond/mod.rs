@@ -7,5 +7,5 @@ mod layer;
 mod reject;
 
 pub use self::layer::{RespondFuture, RespondLayer, RespondService};
-pub use self::reject::{AsError, Reject, Respond, RespondWith};
-pub(crate) use self::reject::{ResponseFormat, accepts, whole_seconds};
+pub use self::reject::{AsError, Reject, Respond, RespondWith, ResponseFormat};
+pub(crate) use self::reject::{accepts, whole_seconds};

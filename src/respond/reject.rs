@@ -8,26 +8,21 @@ use crate::{
     error::BoxError,
     outcome::{Rejected, RejectedKind, TimeoutPhase, grpc, retry_after},
     permit::FromBytes,
+    sealed::Sealed,
 };
 
 /// Converts a rejection into an error or a response.
 ///
 /// [`AsError`] is the default of every layer. [`Respond`] and [`RespondWith`] respond.
 ///
-/// The trait cannot be implemented outside of this crate.
+/// The trait is sealed: it cannot be implemented outside of this crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot convert a rejection into a result of this service (response `{Res}`, error `{E}`)",
     label = "no conversion of a rejection",
     note = "`.respond()` needs requests of `http::Request<_>` and responses of `http::Response<TrackedBody<B>>` with `B::Data: From<Bytes>`: do not change the protocol of the layer from `Http`",
     note = "for other types, use `.respond_with(|rejected: &Rejected| ..)`, or remove it: then a rejection is a `BoxError`, and the error of the wrapped service must be `Into<BoxError>`"
 )]
-pub trait Reject<Req, Res, E>: RejectSealed<Req, Res, E> {}
-
-#[diagnostic::do_not_recommend]
-impl<R, Req, Res, E> Reject<Req, Res, E> for R where R: RejectSealed<Req, Res, E> {}
-
-/// The methods of [`Reject`]. The trait is not exported, so that it can change.
-pub trait RejectSealed<Req, Res, E>: Clone + Send + Sync + 'static {
+pub trait Reject<Req, Res, E>: Sealed + Clone + Send + Sync + 'static {
     /// The error of the layer: the error of the inner service, or a box with that error or the rejection.
     type Error;
 
@@ -123,7 +118,9 @@ pub(crate) fn accepts(headers: &HeaderMap, ranges: &[&str]) -> Option<bool> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AsError;
 
-impl<Req, Res, E: Into<BoxError>> RejectSealed<Req, Res, E> for AsError {
+impl Sealed for AsError {}
+
+impl<Req, Res, E: Into<BoxError>> Reject<Req, Res, E> for AsError {
     type Error = BoxError;
 
     const ANSWERS: bool = false;
@@ -228,7 +225,9 @@ impl<Req, Res, E: Into<BoxError>> RejectSealed<Req, Res, E> for AsError {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Respond;
 
-impl<ReqB: 'static, B: FromBytes, E> RejectSealed<Request<ReqB>, Response<B>, E> for Respond {
+impl Sealed for Respond {}
+
+impl<ReqB: 'static, B: FromBytes, E> Reject<Request<ReqB>, Response<B>, E> for Respond {
     type Error = E;
 
     #[inline]
@@ -406,7 +405,9 @@ pub(crate) fn whole_seconds(after: Duration) -> u64 {
 #[derive(Clone)]
 pub struct RespondWith<F>(pub(crate) F);
 
-impl<F, Req, Res, E> RejectSealed<Req, Res, E> for RespondWith<F>
+impl<F> Sealed for RespondWith<F> {}
+
+impl<F, Req, Res, E> Reject<Req, Res, E> for RespondWith<F>
 where
     Req: 'static,
     F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,

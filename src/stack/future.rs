@@ -50,8 +50,9 @@ impl<F> fmt::Debug for ClientFuture<F> {
     }
 }
 
-/// Names the body of a response type.
+/// Names the body of a response type. Implemented for [`Response`].
 pub trait HasBody {
+    /// The body.
     type Body;
 }
 

@@ -8,28 +8,24 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    task::{Context, Poll},
     time::Duration,
 };
 
-use http::{Request, Response};
-use http_body::Body;
 use tokio::time::Instant;
-use tower_service::Service;
 
 use crate::sync::Mutex;
 use crate::{
-    admission::{Admission, AdmissionFuture, Admit, Plan, Policy, Reusable, Terms},
-    classify::{Http, HttpCall},
+    admission::{Admit, Plan, Policy, Terms, admission_service},
+    classify::Http,
     fault::Fault,
     outcome::{LayerKind, Outcome, OutcomeKind, Reason, Rejected},
-    permit::{Permit, Release, ReleaseAt, Token, TrackedBody},
-    respond::{AsError, Reject},
+    permit::{Permit, Release, ReleaseAt, Token},
+    sealed::Sealed,
     time::{Clock, Nanos, RecentLatency},
 };
 
 /// The counters of the calls of a stack.
-pub struct MeterLayer {
+pub(crate) struct MeterLayer {
     clock: Clock,
     begun: AtomicU64,
     /// The number of calls that have ended, by [`OutcomeKind`], without those that a layer has rejected.
@@ -102,6 +98,8 @@ impl MeterLayer {
     }
 }
 
+impl Sealed for MeterLayer {}
+
 impl Release for MeterLayer {
     fn release(&self, token: Token, outcome: Outcome) {
         if (outcome.kind(), outcome.reason()) == (OutcomeKind::Cancelled, Reason::Rejected) {
@@ -157,52 +155,17 @@ impl fmt::Debug for MeterLayer {
     }
 }
 
-/// A service that counts its calls, the outermost service of a [`ClientStack`](super::client::ClientStack) or a
-/// [`ServerStack`](super::server::ServerStack).
-pub struct Meter<S, R = AsError> {
-    admission: Admission<S, Arc<MeterLayer>, Http, R>,
+admission_service! {
+    /// A service that counts its calls, the outermost service of a [`ClientStack`](super::client::ClientStack) or a
+    /// [`ServerStack`](super::server::ServerStack).
+    service Meter []
+    future MeterFuture
+    policy Arc<MeterLayer>
 }
 
-impl<S, R: Clone> Meter<S, R> {
+impl<S, R: Clone> Meter<S, Http, R> {
     pub(super) fn new(inner: S, meter: &Arc<MeterLayer>, reject: R) -> Self {
         let plan = Plan { policy: meter.clone(), protocol: Http, reject, fault: Fault::default() };
         Self { admission: plan.service(inner) }
-    }
-}
-
-impl<S, R> Meter<S, R> {
-    pub(super) fn get_ref(&self) -> &S {
-        self.admission.inner()
-    }
-}
-
-impl<S: Clone, R: Clone> Clone for Meter<S, R> {
-    fn clone(&self) -> Self {
-        Self { admission: self.admission.clone() }
-    }
-}
-
-impl<S, R> fmt::Debug for Meter<S, R> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Meter").field("meter", self.admission.policy()).finish_non_exhaustive()
-    }
-}
-
-impl<S, R, ReqB, B> Service<Request<ReqB>> for Meter<S, R>
-where
-    S: Service<Request<ReqB>, Response = Response<B>, Error: 'static> + Reusable,
-    B: Body,
-    R: Reject<Request<ReqB>, Response<TrackedBody<B>>, S::Error>,
-{
-    type Response = Response<TrackedBody<B>>;
-    type Error = R::Error;
-    type Future = AdmissionFuture<S, Request<ReqB>, S::Future, HttpCall, Arc<MeterLayer>, Http, R>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
-        self.admission.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<ReqB>) -> Self::Future {
-        self.admission.call(request)
     }
 }

@@ -64,7 +64,7 @@ mod service;
 
 #[cfg(any(feature = "connect", feature = "tonic"))]
 #[cfg_attr(docsrs, doc(cfg(any(feature = "connect", feature = "tonic"))))]
-pub use self::future::{ClientBody, ClientFuture};
+pub use self::future::{ClientBody, ClientFuture, HasBody};
 #[cfg(feature = "tonic")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tonic")))]
 pub use self::grpc::{GrpcClient, IntoTonicBody, grpc};
@@ -74,6 +74,7 @@ pub use self::http::{StackClient, client};
 pub use self::{
     client::{ClientHandle, ClientStack, ClientStackService},
     handle::{HealthCheck, StackSnapshot, UpstreamHealth},
+    meter::{Meter, MeterFuture},
     server::{ServerHandle, ServerStack, ServerStackService, server},
     service::StackFuture,
 };

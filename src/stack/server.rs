@@ -66,8 +66,11 @@ pub struct ServerStack {
     now: Arc<CurrentConfig<ServerConfig>>,
 }
 
-type ServerLayers<S> =
-    Meter<PropagateDeadline<ConcurrencyLimit<Timeout<S, AsIs, Respond>, Http, Respond>>, Respond>;
+type ServerLayers<S> = Meter<
+    PropagateDeadline<ConcurrencyLimit<Timeout<S, AsIs, Respond>, Http, Respond>>,
+    Http,
+    Respond,
+>;
 
 stack_service! {
     /// The service of a [`ServerStack`].

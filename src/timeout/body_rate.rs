@@ -14,7 +14,7 @@ use crate::outcome::grpc;
 /// The time for which a body may keep its reader waiting, if no other is set.
 pub(super) const DEFAULT_GRACE: Duration = Duration::from_secs(5);
 
-/// The settings of the minimum rate. Each is [`UNSET`] until it is set.
+/// The settings of the minimum rate of request bodies, as a [`TimeRequest`](super::protocol::TimeRequest) receives them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BodyRate {
     /// In bytes per second, or [`OFF`].

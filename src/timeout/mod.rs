@@ -195,10 +195,12 @@ mod upload;
 
 pub use self::{
     body::TimedBody,
+    body_rate::BodyRate,
     layer::TimeoutLayer,
     protocol::{AsIs, TimeRequest, TimeResponse},
     service::{Timeout, TimeoutFuture},
     settings::{TimeoutHandle, TimeoutSnapshot, Timeouts},
-    upload::SendingBody,
+    timers::CallTimers,
+    upload::{SendingBody, Upload},
 };
 pub use crate::outcome::TimeoutPhase;

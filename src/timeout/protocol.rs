@@ -6,7 +6,6 @@ use std::sync::Arc;
 use http::{Extensions, Request, Response};
 use http_body::Body;
 
-use self::sealed::Sealed;
 use super::{
     body::TimedBody,
     body_rate::BodyRate,
@@ -19,6 +18,7 @@ use crate::{
     classify::{Http, PerResponse},
     error::BoxError,
     outcome::grpc,
+    sealed::Sealed,
     time::Deadline,
 };
 
@@ -35,15 +35,12 @@ pub trait TimeRequest<Req>: Sealed + Clone + Send + Sync + 'static {
     type Request;
 
     /// Returns the timeouts and the deadline in the extensions of the request.
-    #[doc(hidden)]
     fn settings(request: &Req) -> (Option<Timeouts>, Option<Deadline>);
 
     /// Converts the request. Its body is not watched yet.
-    #[doc(hidden)]
     fn convert(request: Req) -> Self::Request;
 
     /// Starts to watch the request body for this call. If `responds`, the body is drained when the call times out.
-    #[doc(hidden)]
     fn watch(
         request: &mut Self::Request,
         timers: &mut CallTimers,
@@ -65,34 +62,25 @@ pub trait TimeResponse<Res>: Sealed {
     type Response;
 
     /// Converts the response. Its body is not timed yet.
-    #[doc(hidden)]
     fn wrap(response: Res) -> Self::Response;
 
     /// Returns whether the head of the response is the gRPC status `CANCELLED`, with which tonic's servers report that
     /// a `grpc-timeout` has expired.
-    #[doc(hidden)]
     fn is_cancelled(response: &Self::Response) -> bool {
         let _ = response;
         false
     }
 
     /// Starts to time the response body. Changes the response in place, because a move of a response copies it.
-    #[doc(hidden)]
     fn time(response: &mut Self::Response, timers: CallTimers, upload: &mut Option<Arc<Upload>>);
 }
-
-mod sealed {
-    pub trait Sealed {}
-}
-
-impl Sealed for Http {}
-impl Sealed for AsIs {}
-impl Sealed for PerResponse {}
 
 /// HTTP with an unchanged request type. The request body is watched only if it is axum's or tonic's (features `axum`,
 /// `tonic`).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AsIs;
+
+impl Sealed for AsIs {}
 
 #[inline]
 fn of(extensions: &Extensions) -> (Option<Timeouts>, Option<Deadline>) {

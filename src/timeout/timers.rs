@@ -16,7 +16,8 @@ use crate::{
     time::{CallClock, Deadline, DeadlineSource, may_have_expired},
 };
 
-/// The timeouts of one call, and which of them have begun. Used until the response head; then [`BodyTimers`] replaces it.
+/// The timeouts of one call, and which of them have begun. Used until the response head; those of the response body
+/// replace them.
 #[derive(Debug)]
 pub struct CallTimers {
     pub(super) timeouts: PhaseTimes,

@@ -84,7 +84,7 @@ pub(super) enum UploadStage {
     SentAfterHead,
 }
 
-/// The state that a call and its request body share. See the head of this file.
+/// The progress of a request body, shared by the call and the body.
 pub struct Upload {
     stage: AtomicU8,
     /// Twice the number of polls that returned a frame or the end; plus one after a poll that was pending. The value is

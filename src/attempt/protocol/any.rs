@@ -12,15 +12,11 @@ use super::super::{
     record::Attempts,
     verdict::{BodyReplay, Classified, RetryAction, SafeRequests},
 };
-use super::traits::{
-    AttemptNumber, ClassifyAttempt, Replay, ReplayRequest, SaveRules, SealedProtocol,
-};
+use super::traits::{AttemptNumber, ClassifyAttempt, Replay, ReplayRequest, SaveRules};
 use crate::{
     classify::Classify,
     outcome::{Outcome, OutcomeKind, Rejected, http as rule},
 };
-
-impl<C> SealedProtocol for Classify<C> {}
 
 impl<C, Req> ReplayRequest<Req> for Classify<C>
 where

@@ -22,9 +22,7 @@ use super::{
         of_reason,
     },
     saved_request::SavedRequest,
-    traits::{
-        AttemptNumber, AttemptResponse, ClassifyAttempt, ReplayRequest, SaveRules, SealedProtocol,
-    },
+    traits::{AttemptNumber, AttemptResponse, ClassifyAttempt, ReplayRequest, SaveRules},
 };
 use crate::{
     classify::Http,
@@ -56,8 +54,6 @@ fn publish<B: Body>(request: &mut Request<B>) -> Option<SentMark> {
     request.extensions_mut().insert(mark.clone());
     Some(mark)
 }
-
-impl SealedProtocol for Http {}
 
 impl<B: Body> ReplayRequest<Request<B>> for Http {
     type Request = Request<ReplayBody<B>>;

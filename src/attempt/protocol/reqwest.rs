@@ -17,13 +17,12 @@ use super::super::{
 use super::{
     classify::{classify_begun, classify_head, classify_missing, of_reason},
     saved_request::{is_safe, keyed},
-    traits::{
-        AttemptNumber, AttemptResponse, ClassifyAttempt, ReplayRequest, SaveRules, SealedProtocol,
-    },
+    traits::{AttemptNumber, AttemptResponse, ClassifyAttempt, ReplayRequest, SaveRules},
 };
 use crate::{
     error::BoxError,
     outcome::{Outcome, grpc},
+    sealed::Sealed,
 };
 
 /// The protocol for the types of reqwest: see [`RetryLayer::reqwest`](crate::retry::RetryLayer::reqwest).
@@ -31,7 +30,7 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct Reqwest;
 
-impl SealedProtocol for Reqwest {}
+impl Sealed for Reqwest {}
 
 impl ReplayRequest<Request> for Reqwest {
     type Request = Request;

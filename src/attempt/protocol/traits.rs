@@ -15,7 +15,7 @@ use super::super::{
     record::Attempts,
     verdict::{BodyReplay, Classified, RetryAction, SafeRequests},
 };
-use crate::{error::BoxError, outcome::Outcome, redact::Redacted, time::Deadline};
+use crate::{error::BoxError, outcome::Outcome, redact::Redacted, sealed::Sealed, time::Deadline};
 
 /// The settings that determine how a request is saved.
 #[derive(Clone, Copy, Debug)]
@@ -29,9 +29,6 @@ pub struct SaveRules<'a> {
     /// An inner layer measures calls: requests carry a mark of their progress.
     pub(crate) marks: bool,
 }
-
-/// The private supertrait of the traits of a protocol.
-pub trait SealedProtocol {}
 
 /// A request that can be saved and sent again. Implemented for every type that is `Clone`.
 ///
@@ -120,7 +117,7 @@ pub struct AttemptNumber {
     message = "`{Self}` cannot replay `{Req}`",
     note = "a retry or a hedge accepts `http::Request<B>` or, with `.classify(|result: Result<&Res, &E>| ..)`, any request that is `Clone`"
 )]
-pub trait ReplayRequest<Req>: SealedProtocol + Clone + Send + Sync + 'static {
+pub trait ReplayRequest<Req>: Sealed + Clone + Send + Sync + 'static {
     /// The request that the wrapped service receives.
     type Request;
     /// The saved request.
@@ -180,7 +177,7 @@ pub trait ReplayRequest<Req>: SealedProtocol + Clone + Send + Sync + 'static {
     note = "for HTTP, bodies must be `Unpin` (`http_body_util::BodyExt::boxed_unsync` boxes a body) and errors `Into<BoxError>`",
     note = "for other types, classify the results with `.classify(|result: Result<&Res, &E>| ..)`, where `Res` and `E` are exactly the response and error of the wrapped service"
 )]
-pub trait ClassifyAttempt<Res, E>: SealedProtocol {
+pub trait ClassifyAttempt<Res, E>: Sealed {
     /// The response that the caller receives.
     type Response;
     /// The error that the caller receives.

@@ -68,7 +68,7 @@ use crate::{
 };
 
 /// The gate of a layer, with its prober.
-pub struct Gate {
+pub(crate) struct Gate {
     /// The flags and the state. An admitted call reads only this word.
     word: AtomicU8,
     /// The time at which the next result is expected, for `retry_after`. Only advisory, so its accesses are relaxed.

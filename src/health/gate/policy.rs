@@ -17,6 +17,7 @@ use crate::{
     event::event,
     outcome::{LayerKind, Outcome, OutcomeKind, Rejected, RejectedKind},
     permit::{Permit, Release, ReleaseAt, Token},
+    sealed::Sealed,
 };
 
 impl Gate {
@@ -98,6 +99,8 @@ impl<Req> Policy<Req> for Arc<Gate> {
         Some(self.changed.clone())
     }
 }
+
+impl Sealed for Gate {}
 
 impl Release for Gate {
     fn release(&self, _: Token, outcome: Outcome) {

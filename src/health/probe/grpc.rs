@@ -9,11 +9,11 @@ use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
 use super::{
-    FailedProbe, Probe, ProbeFailure, Sealed, StatusProbe,
+    FailedProbe, Probe, ProbeFailure, StatusProbe,
     http::{call_http, parse, read},
     opaque_debug,
 };
-use crate::{error::ConfigError, outcome::grpc, redact};
+use crate::{error::ConfigError, outcome::grpc, redact, sealed::Sealed};
 
 /// Calls `grpc.health.v1.Health/Check`. Made by [`HealthProbeLayer::grpc`](super::super::layer::HealthProbeLayer::grpc).
 #[derive(Clone)]

@@ -9,14 +9,15 @@ use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
 use super::{
-    FailedProbe, Probe, ProbeFailure, Sealed, StatusProbe, call, failure_of_error,
-    failure_of_rejection, opaque_debug,
+    FailedProbe, Probe, ProbeFailure, StatusProbe, call, failure_of_error, failure_of_rejection,
+    opaque_debug,
 };
 use crate::{
     drain::{MAX_RESPONSE_BYTES, MIN_FRAME, ReadEnd, poll_read},
     error::ConfigError,
     outcome::Rejected,
     redact,
+    sealed::Sealed,
 };
 
 /// The rules for the status and the body of a response.

@@ -22,6 +22,7 @@ use crate::{
     error::Chain,
     outcome::{Outcome, Rejected, known},
     redact::MAX_ERROR,
+    sealed::Sealed,
 };
 
 /// The reason why a probe did not pass.
@@ -114,11 +115,6 @@ impl fmt::Display for FailedProbe {
         self.error.iter().try_for_each(|error| write!(f, ": {error}"))
     }
 }
-
-mod sealed {
-    pub trait Sealed {}
-}
-use self::sealed::Sealed;
 
 /// A kind of health probe, for a service `S`.
 ///

@@ -127,7 +127,7 @@ use crate::{
 };
 
 /// One concurrency limit: its queue, settings and counters. The counts of its permits are in the word of its slot.
-pub struct Limiter {
+pub(crate) struct Limiter {
     slot: &'static Slot<Self>,
     limit: AtomicU32,
     adaptive: Option<Sampler>,

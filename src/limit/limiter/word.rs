@@ -5,7 +5,7 @@ use crate::sync::modelled::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// The part of a limit that a call reaches without the limiter: see the [module](super).
 #[derive(Debug, Default)]
-pub struct LimitWord {
+pub(crate) struct LimitWord {
     counts: AtomicU64,
     /// Whether a permit is released at the response head.
     releases_at_head: AtomicBool,

@@ -7,7 +7,7 @@ use super::{
         handle::ConcurrencyLimitHandle, layer::ConcurrencyLimitLayer, limiter::Limiter,
         shared::SharedLimiter,
     },
-    class::{ExemptPaths, Priority},
+    class::{ClassifyCall, ExemptPaths, Priority},
     shares::Shares,
 };
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
 
 /// The policy of a limit that distinguishes calls.
 #[derive(Clone)]
-pub struct PartitionedPolicy<K> {
+pub(crate) struct PartitionedPolicy<K> {
     pub(crate) classifier: K,
     pub(crate) limiter: SharedLimiter,
 }
@@ -35,7 +35,9 @@ admission_layer! {
     layer PartitionedLimitLayer {}
     /// The service of a [`PartitionedLimitLayer`].
     service PartitionedLimit [K]
+    future PartitionedLimitFuture
     policy PartitionedPolicy<K>
+    where K: ClassifyCall<Req>
 }
 
 impl<M, R> ConcurrencyLimitLayer<M, R> {

@@ -73,7 +73,10 @@ mod threshold;
 
 pub use self::{
     class::{CallClass, ClassifyCall, ExemptPaths, Priority},
-    layer::{Partition, PartitionedLimit, PartitionedLimitHandle, PartitionedLimitLayer},
+    layer::{
+        Partition, PartitionedLimit, PartitionedLimitFuture, PartitionedLimitHandle,
+        PartitionedLimitLayer,
+    },
 };
 pub(super) use self::{
     layer::PartitionedPolicy,
