@@ -141,7 +141,7 @@ macro_rules! admission_layer {
             ///
             /// let layer = ConcurrencyLimitLayer::new(20)
             ///     .per_response()
-            ///     .respond_with(|rejected| Err::<Row, _>(DbError::Refused(rejected.clone())));
+            ///     .respond_with(|rejected| Err::<Row, _>(DbError::Rejected(rejected.clone())));
             /// # let _ = layer;
             /// ```
             pub fn respond_with<F, Res, E>(self, respond: F) -> $Layer<$($K,)* $($G,)* M, $crate::respond::RespondWith<F>>
