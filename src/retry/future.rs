@@ -137,17 +137,14 @@ where
 {
     /// Returns the deadline of the call. `None` if the protocol has no error for it.
     #[inline]
-    fn deadline(call: &SavedCall<Req, M, M::Saved>) -> Option<Deadline> {
-        if M::ACCEPTS_ERRORS { call.deadline() } else { None }
+    fn deadline(saved: Option<&M::Saved>) -> Option<Deadline> {
+        if M::ACCEPTS_ERRORS { saved.and_then(M::deadline) } else { None }
     }
 
     /// Returns whether the deadline of the call passes by the instant `then`.
     #[inline]
-    pub(super) fn expires_by(
-        call: &SavedCall<Req, M, M::Saved>,
-        then: impl FnOnce() -> Instant,
-    ) -> bool {
-        Self::deadline(call).is_some_and(|deadline| deadline.at() <= then())
+    pub(super) fn expires_by(saved: Option<&M::Saved>, then: impl FnOnce() -> Instant) -> bool {
+        Self::deadline(saved).is_some_and(|deadline| deadline.at() <= then())
     }
 
     /// Returns the instant at which the time for the response head has passed: the earlier of the attempt timeout,
@@ -169,7 +166,7 @@ where
     /// such as that of a tonic channel on `grpc-timeout`, may expire earlier than the timer of the retry. A rejection
     /// stays as it is.
     fn reports_deadline(pending: &M::Pending, call: &SavedCall<Req, M, M::Saved>) -> bool {
-        let Some(deadline) = Self::deadline(call) else { return false };
+        let Some(deadline) = Self::deadline(call.saved.as_ref()) else { return false };
         let is_report = match M::response(pending) {
             Some(AttemptResponse::Error(error)) => Rejected::find(error).is_none(),
             Some(AttemptResponse::Head(_, headers, _)) => grpc::is_cancelled(headers),
@@ -203,7 +200,7 @@ where
                 }
                 (pending, classified)
             }
-            _ if Self::expires_by(this.call, Instant::now) => {
+            _ if Self::expires_by(this.call.saved.as_ref(), Instant::now) => {
                 return Some(self.end_at_deadline());
             }
             _ => {
@@ -322,7 +319,8 @@ where
                 RetryStageProj::Readying { mut deadline } => {
                     let Poll::Ready(ready) = state.service(core).poll_ready(cx) else {
                         if deadline.is_none() {
-                            let at = Self::deadline(this.call).map(|deadline| deadline.at());
+                            let at = Self::deadline(this.call.saved.as_ref())
+                                .map(|deadline| deadline.at());
                             deadline.set(at.map(sleep_until));
                         }
                         let Some(deadline) = deadline.as_pin_mut() else { return Poll::Pending };
@@ -333,7 +331,7 @@ where
                         let record = state.give_up(&core.settings, GiveUpReason::NotReady);
                         return Poll::Ready(Some(Err(M::readiness_error(error, record))));
                     }
-                    if Self::expires_by(this.call, Instant::now) {
+                    if Self::expires_by(this.call.saved.as_ref(), Instant::now) {
                         return Poll::Ready(Some(self.end_at_deadline()));
                     }
                     let Some(saved) = &this.call.saved else {

@@ -87,9 +87,9 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         let rules = self.core.settings.save_rules(self.core.misconfigured, self.marks);
         let is_grpc = M::is_grpc(&request);
-        let saved = M::save(&request, rules);
-        let mut call = SavedCall::new(self.protocol.clone(), is_grpc, saved);
-        if Self::Future::expires_by(&call, CallClock::now) {
+        let mut saved = M::save(&request, rules);
+        if Self::Future::expires_by(saved.as_ref(), CallClock::now) {
+            let call = SavedCall::new(self.protocol.clone(), is_grpc, saved);
             return self.expired(call);
         }
         if let Some(budget) = &self.core.budget {
@@ -100,13 +100,13 @@ where
         let span = AttemptSpan::first();
         let entered = span.enter();
         // Not through a variable, because a move of a request is expensive.
-        let future = self.inner.call(M::first_attempt(request, call.saved.as_mut(), rules));
+        let future = self.inner.call(M::first_attempt(request, saved.as_mut(), rules));
         drop(entered);
         RetryFuture {
             stage: RetryStage::Calling { attempt: AttemptFuture::new(future) },
             span,
             core,
-            call,
+            call: SavedCall::new(self.protocol.clone(), is_grpc, saved),
             state: None,
         }
     }
