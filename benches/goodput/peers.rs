@@ -18,7 +18,7 @@ use tower::{
 
 use crate::{
     ours::{IN_FLIGHT, RING, WAIT},
-    world::{Body, Call, Refused, Upstream, called, ms, secs, status},
+    world::{Body, Call, Rejection, Upstream, called, ms, secs, status},
 };
 
 pub fn none(upstream: Upstream) -> Call {
@@ -144,13 +144,13 @@ pub fn tr_ratio_breaker(upstream: Upstream) -> Call {
 
 /// Turns a server error into an error, for breakers that do not classify HTTP responses.
 async fn judged(upstream: Upstream) -> Result<Response<Body>, StatusCode> {
-    let response = (upstream.0)().await.map_err(|Refused| StatusCode::SERVICE_UNAVAILABLE)?;
+    let response = (upstream.0)().await.map_err(|Rejection| StatusCode::SERVICE_UNAVAILABLE)?;
     if response.status().is_server_error() { Err(response.status()) } else { Ok(response) }
 }
 
 /// Turns the result of such a breaker into a response. `None` is a rejection by the breaker.
-fn told(answer: Result<Response<Body>, Option<StatusCode>>) -> Result<Response<Body>, Refused> {
-    answer.or_else(|code| code.map(status).ok_or(Refused))
+fn told(answer: Result<Response<Body>, Option<StatusCode>>) -> Result<Response<Body>, Rejection> {
+    answer.or_else(|code| code.map(status).ok_or(Rejection))
 }
 
 fn failsafe<P>(upstream: Upstream, policy: P) -> Call
@@ -262,10 +262,10 @@ pub fn tower_hedge(upstream: Upstream) -> Call {
         Box::pin(async move {
             std::future::poll_fn(|cx| service.lock().expect("not poisoned").poll_ready(cx))
                 .await
-                .map_err(|_| Refused)?;
+                .map_err(|_| Rejection)?;
             let answer = service.lock().expect("not poisoned").call(Request::new(Body::new()));
             let answer: Pin<Box<dyn Future<Output = _> + Send>> = Box::pin(answer);
-            answer.await.map_err(|_| Refused)
+            answer.await.map_err(|_| Rejection)
         })
     })
 }

@@ -7,13 +7,13 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use crate::world::{Call, Refused};
+use crate::world::{Call, Rejection};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
     Good,
     Bad,
-    Refused,
+    Rejected,
     GaveUp,
 }
 
@@ -59,7 +59,7 @@ pub async fn offer(call: &Call, traffic: Traffic) -> Vec<Ended> {
             let how = match timeout(traffic.patience, asked).await {
                 Ok(Ok(response)) if response.status().is_success() => How::Good,
                 Ok(Ok(_)) => How::Bad,
-                Ok(Err(Refused)) => How::Refused,
+                Ok(Err(Rejection)) => How::Rejected,
                 Err(_) => How::GaveUp,
             };
             let took = began.elapsed().as_secs_f64();

@@ -50,9 +50,9 @@ pub fn play<T>(clock: Clock, scene: impl Future<Output = T>) -> T {
 
 /// The rejection of a call by a layer.
 #[derive(Debug)]
-pub struct Refused;
+pub struct Rejection;
 
-pub type Asked = Pin<Box<dyn Future<Output = Result<Response<Body>, Refused>> + Send>>;
+pub type Asked = Pin<Box<dyn Future<Output = Result<Response<Body>, Rejection>> + Send>>;
 
 /// Makes one call of a service with its layers.
 pub type Call = Arc<dyn Fn() -> Asked + Send + Sync>;
@@ -78,7 +78,7 @@ where
         let service = service.lock().expect("not poisoned").clone();
         Box::pin(async move {
             let response = service.oneshot(Request::new(Body::new())).await;
-            response.map(|response| response.map(|_| Body::new())).map_err(|_| Refused)
+            response.map(|response| response.map(|_| Body::new())).map_err(|_| Rejection)
         })
     })
 }
@@ -134,7 +134,7 @@ impl Future for Answering {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         self.0.as_mut().poll(cx).map(|answer| {
-            Ok(answer.unwrap_or_else(|Refused| status(StatusCode::SERVICE_UNAVAILABLE)))
+            Ok(answer.unwrap_or_else(|Rejection| status(StatusCode::SERVICE_UNAVAILABLE)))
         })
     }
 }

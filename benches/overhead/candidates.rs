@@ -120,17 +120,17 @@ fn stacks() -> Vec<Candidate> {
 
 fn refusing() -> Vec<Candidate> {
     const OPEN: &[&str] =
-        &["tower-resilience/refused_open", "recloser/refused_open", "failsafe/refused_open"];
-    const FULL: &[&str] = &["tower-resilience/refused_full", "tower/refused_full"];
+        &["tower-resilience/rejected_open", "recloser/rejected_open", "failsafe/rejected_open"];
+    const FULL: &[&str] = &["tower-resilience/rejected_full", "tower/rejected_full"];
     vec![
         // Rejections on two threads at once leave some callers without a wake-up.
-        peer("tower-resilience/refused_open", || Made { clone: None, ..made(peers::tr_open()) }),
-        peer("recloser/refused_open", || called(peers::recloser_open())),
-        peer("failsafe/refused_open", || called(peers::failsafe_open())),
-        ours("buttress/refused_open", "refused_open", OPEN, || made(ours::open())),
-        peer("tower/refused_full", || made(peers::tower_full())),
-        peer("tower-resilience/refused_full", || made_driven(peers::tr_full())),
-        ours("buttress/refused_full", "refused_full", FULL, || made(ours::full())),
+        peer("tower-resilience/rejected_open", || Made { clone: None, ..made(peers::tr_open()) }),
+        peer("recloser/rejected_open", || called(peers::recloser_open())),
+        peer("failsafe/rejected_open", || called(peers::failsafe_open())),
+        ours("buttress/rejected_open", "rejected_open", OPEN, || made(ours::open())),
+        peer("tower/rejected_full", || made(peers::tower_full())),
+        peer("tower-resilience/rejected_full", || made_driven(peers::tr_full())),
+        ours("buttress/rejected_full", "rejected_full", FULL, || made(ours::full())),
     ]
 }
 

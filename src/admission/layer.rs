@@ -155,8 +155,8 @@ macro_rules! admission_layer {
             ///
             /// # Errors
             ///
-            /// The [`ConfigError`]($crate::ConfigError) names the field, the value and the remedy.
-            pub fn checked(mut self) -> Result<Self, $crate::ConfigError> {
+            /// The [`ConfigError`]($crate::error::ConfigError) names the field, the value and the remedy.
+            pub fn checked(mut self) -> Result<Self, $crate::error::ConfigError> {
                 match self.plan.fault.take() {
                     None => Ok(self),
                     Some(fault) => Err(fault),

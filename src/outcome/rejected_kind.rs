@@ -67,7 +67,6 @@ impl RejectedKind {
         }
     }
 
-    /// Returns the kind in words, for the text of an error.
     /// Returns the reason as untrusted clients may see it: without the internal state of the server.
     pub(crate) const fn public_reason(self) -> &'static str {
         match self {
@@ -76,6 +75,7 @@ impl RejectedKind {
         }
     }
 
+    /// Returns the kind in words, for the text of an error.
     pub(crate) const fn phrase(self) -> &'static str {
         match self {
             Self::Open => "circuit is open",

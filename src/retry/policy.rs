@@ -112,7 +112,7 @@ impl RetryPolicy {
 
     /// Returns the class of an outcome. A rejection that states a time becomes retryable with `wait_on_rejection`.
     pub(crate) fn classify_rejection(&self, class: RetryAction, outcome: Outcome) -> RetryAction {
-        // Without a hint, the time at which the inner layer admits calls plan is unknown.
+        // Without a hint, the time at which the inner layer admits calls again is unknown.
         let can_wait = self.wait_on_rejection && outcome.retry_after().is_some();
         if class == RetryAction::Forbidden(GiveUpReason::Rejected) && can_wait {
             RetryAction::Retry
@@ -265,7 +265,7 @@ pub(crate) fn decide(
         let delays = delays.get_or_insert_with(|| policy.delays.start());
         let throttled = kind == FailureKind::Throttled;
         let backoff = delays.next(throttled).ok_or(GiveUpReason::AttemptsUsedUp)?;
-        // After a pushback the backoff begins with its first delay plan (gRFC A6).
+        // After a pushback the backoff begins with its first delay again (gRFC A6).
         if hint.is_some() && reason == Reason::GrpcStatus {
             delays.restart();
         }

@@ -5,7 +5,7 @@
 //! A [`SendingBody`] wraps the request body. The transport may poll and drop it in another task than that of the call.
 //! The body and the call share an [`Upload`]:
 //!
-//! - `stage` states how slot the request is. The body changes it from `Sending` to `Sent`, `Stalled` or `TooSlow`. The
+//! - `stage` states how far the request is. The body changes it from `Sending` to `Sent`, `Stalled` or `TooSlow`. The
 //!   call changes it from `Sending` to `TimedOut` or `HeadFirst`. The body changes `HeadFirst` to `SentAfterHead`. No
 //!   other change exists.
 //! - `pace` states whether the transport polls the body. Only the task that polls the body writes it.

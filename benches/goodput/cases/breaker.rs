@@ -91,8 +91,8 @@ async fn run(client: Client, gone: Gone, patience: Duration) -> Run {
 
 impl Run {
     fn refusals(&self, from: f64, to: f64) -> impl Iterator<Item = f64> + '_ {
-        let refused = self.ended.iter().filter(|one| one.how == How::Refused);
-        refused.map(|one| one.began).filter(move |at| (from..to).contains(at))
+        let rejected = self.ended.iter().filter(|one| one.how == How::Rejected);
+        rejected.map(|one| one.began).filter(move |at| (from..to).contains(at))
     }
 
     /// Returns the number of calls that the upstream received before the first rejection in the outage. If the client
