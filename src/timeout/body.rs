@@ -29,8 +29,9 @@ pin_project! {
     /// A response body that ends when a timeout expires.
     ///
     /// It then fails with a boxed [`Rejected`](crate::outcome::Rejected). A gRPC response of a layer with
-    /// [`respond`](super::layer::TimeoutLayer::respond) ends with the trailers of `DEADLINE_EXCEEDED` instead. The inner body
-    /// is dropped at once. Every frame, the trailers, the size hint and the end-of-stream flag are forwarded.
+    /// [`respond`](super::layer::TimeoutLayer::respond) ends with the trailers of `DEADLINE_EXCEEDED` instead. The
+    /// inner body is dropped at once. Every frame, the trailers, the size hint and the end-of-stream flag are
+    /// forwarded.
     pub struct TimedBody<B: Body> {
         #[pin]
         inner: EitherBody<B>,

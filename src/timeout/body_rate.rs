@@ -14,7 +14,8 @@ use crate::outcome::grpc;
 /// The time for which a body may keep its reader waiting, if no other is set.
 pub(super) const DEFAULT_GRACE: Duration = Duration::from_secs(5);
 
-/// The settings of the minimum rate of request bodies, as a [`TimeRequest`](super::protocol::TimeRequest) receives them.
+/// The settings of the minimum rate of request bodies, as a [`TimeRequest`](super::protocol::TimeRequest) receives
+/// them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BodyRate {
     /// In bytes per second, or [`OFF`].
@@ -28,7 +29,7 @@ pub struct BodyRate {
 impl BodyRate {
     pub(super) const UNSET: Self = Self { min: UNSET, grace_ms: UNSET, grpc: UNSET };
 
-    /// Returns these settings, with those of `other` where these are not set.
+    /// Returns these settings. A setting that is not set is that of `other`.
     pub(super) fn or(self, other: Self) -> Self {
         let or = |this, other| if this == UNSET { other } else { this };
         Self {

@@ -126,9 +126,9 @@ impl<M, R> TimeoutLayer<M, R> {
     /// default; 1 or more.
     ///
     /// A body may keep its reader waiting for [`body_grace`](Self::body_grace) in total. Each byte adds the time that
-    /// it takes at this rate. The allowance never exceeds the time of [`request_idle`](Self::request_idle) (60 s without one), so
-    /// a body that was fast so slot may pause for that time. The defaults are those of Apache's `mod_reqtimeout`
-    /// (`body=5,MinRate=240`) and Kestrel's `MinRequestBodyDataRate`.
+    /// it takes at this rate. The allowance never exceeds the time of [`request_idle`](Self::request_idle) (60 s
+    /// without one), so a body that has been fast may pause for that time. The defaults are those of Apache's
+    /// `mod_reqtimeout` (`body=5,MinRate=240`) and Kestrel's `MinRequestBodyDataRate`.
     ///
     /// Time in which the service does not poll the body does not count. The rate is also enforced after the response
     /// head, for services that respond before they have read their request. A body below the rate fails with a boxed
@@ -164,10 +164,10 @@ impl<M, R> TimeoutLayer<M, R> {
     /// Sets the timeout of the whole call, from its beginning to the end of its response body, or `None`. Off by
     /// default.
     ///
-    /// In the [recommended position](super#in-the-stack), inside of the retry, it applies to **each attempt**:
-    /// a call with three attempts may take three times as long, plus the delays between them. To bound the whole call,
-    /// use the [default](crate::deadline::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::deadline::DeadlineLayer) outside of the
-    /// retry.
+    /// In the [recommended position](super#in-the-stack), inside of the retry, it applies to **each attempt**: a call
+    /// with three attempts may take three times as long, plus the delays between them. To bound the whole call, use the
+    /// [default](crate::deadline::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::deadline::DeadlineLayer)
+    /// outside of the retry.
     ///
     /// The total includes the time of a slow upload and of a slow reader of the response, and it cuts off healthy
     /// streams. [`response_total`](Self::response_total) does not include the upload.
@@ -196,8 +196,8 @@ impl<M, R> TimeoutLayer<M, R> {
     /// Leaves the type of requests unchanged, for services that accept a single body type, such as axum's routes.
     ///
     /// A body of axum or tonic is nevertheless watched, with the feature `axum` or `tonic`. If
-    /// [`request_stall`](Self::request_stall) is not set, it is equal to [`head`](Self::head) for such a body. Bodies of other types
-    /// are not watched, and the timeout of the head begins with the call.
+    /// [`request_stall`](Self::request_stall) is not set, it is equal to [`head`](Self::head) for such a body. Bodies
+    /// of other types are not watched, and the timeout of the head begins with the call.
     pub fn as_is(self) -> TimeoutLayer<AsIs, R> {
         self.with_protocol(AsIs)
     }

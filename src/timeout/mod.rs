@@ -57,8 +57,8 @@
 //! the time for which such a response holds a permit.
 //!
 //! An upstream that reads a request body slowly is not timed out. An upstream that reads nothing for the time of
-//! [`request_stall`](TimeoutLayer::request_stall) is: its kernel still acknowledges TCP keepalives, so no other timeout would end the
-//! call.
+//! [`request_stall`](TimeoutLayer::request_stall) is: its kernel still acknowledges TCP keepalives, so no other timeout
+//! would end the call.
 //!
 //! # Slow request bodies
 //!
@@ -76,8 +76,8 @@
 //!
 //! # Order of the checks
 //!
-//! The layer polls the wrapped service before the timer, so a response that is available is never too late. Neither is
-//! the last frame of a body. A body that always has a further frame is nevertheless cut off at the total.
+//! The layer polls the wrapped service before the timer. A response that is available, or the last frame of a body, is
+//! therefore never too late. A body that always has a further frame is nevertheless cut off at the total.
 //!
 //! A call whose deadline has passed before it begins is rejected. [`Timeouts`] in the extensions of a request replace
 //! those of the layer, phase by phase.
@@ -91,8 +91,8 @@
 //! | a [`server`](TimeoutLayer::server) with [`respond`](TimeoutLayer::respond) | 503; gRPC: `DEADLINE_EXCEEDED` | the same |
 //!
 //! The layer never responds with 408, because browsers then send the same request again. An outer circuit breaker
-//! counts a timeout as a failure. An outer retry layer retries a [`Timeout`](crate::outcome::Reason::Timeout) if that is
-//! safe. A request body that stalls or is too slow is attributed to the caller, and so is a
+//! counts a timeout as a failure. An outer retry layer retries a [`Timeout`](crate::outcome::Reason::Timeout) if that
+//! is safe. A request body that stalls or is too slow is attributed to the caller, and so is a
 //! [`Deadline`](crate::time::Deadline) of the caller: see the [table of causes](crate::outcome#which-side-caused-it).
 //!
 //! # Other clients' timeouts

@@ -24,8 +24,8 @@ use crate::{
 
 /// The request side of a protocol of the timeout layer: reads the settings of a request and watches its body.
 ///
-/// Implemented by [`Http`], [`AsIs`] and [`PerResponse`]. This trait is sealed: it cannot be implemented outside of this
-/// crate.
+/// Implemented by [`Http`], [`AsIs`] and [`PerResponse`]. This trait is sealed: it cannot be implemented outside of
+/// this crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot forward a `{Req}`",
     note = "a timeout accepts `http::Request<_>`, and any other type with `.per_response()`"
@@ -51,8 +51,8 @@ pub trait TimeRequest<Req>: Sealed + Clone + Send + Sync + 'static {
 
 /// The response side of a protocol of the timeout layer: wraps a response and times its body.
 ///
-/// Implemented by [`Http`], [`AsIs`] and [`PerResponse`]. This trait is sealed: it cannot be implemented outside of this
-/// crate.
+/// Implemented by [`Http`], [`AsIs`] and [`PerResponse`]. This trait is sealed: it cannot be implemented outside of
+/// this crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot time a `{Res}`",
     note = "a timeout accepts `http::Response<B>` where `B: http_body::Body`, and any other type with `.per_response()`"

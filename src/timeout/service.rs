@@ -204,8 +204,8 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         loop {
-            // From here on, timers that inner layers arm in this poll are recorded. If one of them is due no later, this
-            // layer needs no timer of its own.
+            // From here on, timers that inner layers arm in this poll are recorded. If one of them is due no later,
+            // this layer needs no timer of its own.
             SharedTimer::observe_inner();
             let phase = match this.state.as_mut().project() {
                 TimedCallProj::Called { mut future, mut timer } => match future.as_mut().poll(cx) {

@@ -20,8 +20,8 @@ use crate::{
     time::DeadlineSource,
 };
 
-/// The timeouts of the phases of a call: the settings of a [`TimeoutLayer`](super::layer::TimeoutLayer), or, in the extensions
-/// of a request, the timeouts of that call.
+/// The timeouts of the phases of a call: the settings of a [`TimeoutLayer`](super::layer::TimeoutLayer), or, in the
+/// extensions of a request, the timeouts of that call.
 ///
 /// A phase has a time, is off (`None`), or is not set. A phase that a request does not set is that of the layer. A
 /// phase that a layer does not set is off. Times are rounded up to whole milliseconds; the maximum is 49 days. A time
@@ -210,7 +210,7 @@ impl Timeouts {
         Err(ConfigError::new(field, format_args!("{value}"), remedy))
     }
 
-    /// Returns these settings, with those of `defaults` where these are not set.
+    /// Returns these settings. A setting that is not set is that of `defaults`.
     pub(super) fn or(mut self, defaults: Self) -> Self {
         for (this, that) in self.times.0.iter_mut().zip(defaults.times.0) {
             if *this == UNSET {
@@ -438,7 +438,8 @@ pub struct TimeoutHandle(pub(super) Arc<TimeoutState>);
 pub struct TimeoutSnapshot {
     /// The timeouts of the layer.
     pub timeouts: Timeouts,
-    /// The number of calls that were rejected because their [`Deadline`](crate::time::Deadline) had passed before they began.
+    /// The number of calls that were rejected because their [`Deadline`](crate::time::Deadline) had passed before they
+    /// began.
     pub rejected_deadline: u64,
     timed_out: [u64; 10],
 }

@@ -90,7 +90,7 @@ struct LateUpload {
     response_total: PhaseLimit,
 }
 
-/// What a call that has no response head yet does next.
+/// The next wait of a call without a response head.
 pub(super) enum NextWait {
     /// The call waits until `at`, when the timeout of `phase` expires. If `is_final`, later polls give the same result,
     /// because the request has been sent.
@@ -202,7 +202,7 @@ impl CallTimers {
         None
     }
 
-    /// Returns what a call without a response head does next. Registers its task with the request body while that is
+    /// Returns the next wait of a call without a response head. Registers its task with the request body while that is
     /// being sent.
     #[inline]
     pub(super) fn wait(&mut self, upload: Option<&Arc<Upload>>, cx: &mut Context<'_>) -> NextWait {

@@ -5,23 +5,23 @@
 //! A [`SendingBody`] wraps the request body. The transport may poll and drop it in another task than that of the call.
 //! The body and the call share an [`Upload`]:
 //!
-//! - `stage` states how far the request is. The body changes it from `Sending` to `Sent`, `Stalled` or `TooSlow`. The
-//!   call changes it from `Sending` to `TimedOut` or `HeadFirst`. The body changes `HeadFirst` to `SentAfterHead`. No
-//!   other change exists.
+//! - `stage` states the progress of the request body. The body changes it from `Sending` to `Sent`, `Stalled` or
+//!   `TooSlow`. The call changes it from `Sending` to `TimedOut` or `HeadFirst`. The body changes `HeadFirst` to
+//!   `SentAfterHead`. No other change exists.
 //! - `pace` states whether the transport polls the body. Only the task that polls the body writes it.
 //! - `waiter` contains the waker of the call and what the call has computed from the pace.
 //!
 //! # Invariants
 //!
 //! Each change of the stage is a compare-and-exchange. If the body and the call end the stage `Sending` at the same
-//! time, exactly one of them succeeds, and both then see the same stage.
+//! time, exactly one of them succeeds, and both then read the same stage.
 //!
 //! The call does not miss the end of the body. It registers its waker under the lock and *then* reads the stage. The
 //! body changes the stage and *then* takes the waker under the lock. If the body takes the lock last, it finds the
-//! waker. If the call takes the lock last, the body's unlock happens before the call reads the stage, so the call sees
+//! waker. If the call takes the lock last, the body's unlock happens before the call reads the stage, so the call reads
 //! the change. A change of this file must preserve both orders.
 //!
-//! `sent_late_at` is written after the stage has become `SentAfterHead`. A reader that sees this stage may find
+//! `sent_late_at` is written after the stage has become `SentAfterHead`. A reader that reads this stage may find
 //! `None` and then uses the current time.
 //!
 //! A waker is user code. It is cloned, dropped and woken without the lock. `will_wake` only compares pointers.
@@ -29,7 +29,7 @@
 //! # Memory orderings
 //!
 //! The compare-and-exchange of the stage (`AcqRel`) pairs with the load in [`Upload::stage`] (`Acquire`): a task that
-//! sees a stage also sees the pace that the other task stored before. Loads and stores of the pace are `Relaxed`: it
+//! reads a stage also reads the pace that the other task stored before. Loads and stores of the pace are `Relaxed`: it
 //! has a single writer, and the call needs only an estimate of it.
 
 use std::{
@@ -196,13 +196,13 @@ impl Upload {
         }
     }
 
-    /// Registers the task of the call, which is woken when the body leaves the stage `Upload`. Returns the stage, and
+    /// Registers the task of the call, which is woken when the body leaves the stage `Sending`. Returns the stage, and
     /// when the timeout `request_stall` expires.
     ///
     /// That time begins anew with each call of this method before which the pace has changed, or while the transport
     /// waits for the body (odd pace). It keeps running while the pace is even and unchanged: the transport has not
     /// polled the body since the last frame, or not at all. A poll of the body in another task does not wake the call,
-    /// so the call notices it only when its timer expires. The time can therefore be up to twice `request_stall`.
+    /// so the call detects it only when its timer expires. The time can therefore be up to twice `request_stall`.
     pub(super) fn poll(
         &self,
         request_stall: Option<Duration>,
@@ -318,7 +318,7 @@ pin_project! {
         fn drop(this: Pin<&mut Self>) {
             let this = this.project();
             let Some(upload) = &this.upload.0 else { return };
-            // The stage ends first: if the call times out at the same time, both see the same stage.
+            // The stage ends first: if the call times out at the same time, both read the same stage.
             upload.end(UploadStage::Sent);
             if upload.is_drained() {
                 ((this.hooks)().drain)(this.inner);
