@@ -37,7 +37,7 @@ pub(super) fn set(ms: &AtomicU64, time: Option<Duration>) {
 }
 
 impl DeadlineTimes {
-    /// Returns the same settings, that no service uses.
+    /// Returns a copy of the settings, which no service uses.
     pub(super) fn fork(&self) -> Self {
         let copy = |ms: &AtomicU64| AtomicU64::new(ms.load(Relaxed));
         let (default, max, reserve) = (copy(&self.default), copy(&self.max), copy(&self.reserve));
@@ -81,7 +81,7 @@ impl DeadlineTimes {
                 default.map(|default| by_operator(max.map_or(default, |max| default.min(max))))
             }
         };
-        // A deadline of the caller that the application has passed on has the maximum of a header.
+        // The maximum of a header also applies to a deadline of the caller that the application has passed on.
         let is_of_caller =
             carried.is_some_and(|deadline| deadline.source() == DeadlineSource::Caller);
         let bound = max.filter(|_| is_of_caller).map(by_operator);
@@ -168,8 +168,8 @@ impl DeadlineHandle {
         Ok(())
     }
 
-    /// Sets the time that is [reserved](super::layer::DeadlineLayer::reserve) for sending the response back, for the calls
-    /// that begin from now on.
+    /// Sets the time that is [reserved](super::layer::DeadlineLayer::reserve) for sending the response back, for the
+    /// calls that begin from now on.
     pub fn set_reserve(&self, time: impl Into<Option<Duration>>) {
         set(&self.times.reserve, time.into());
     }

@@ -55,13 +55,13 @@ impl Default for DeadlineLayer {
 }
 
 impl<R> DeadlineLayer<R> {
-    /// Sets the time of calls whose headers set none. It is also the maximum that a header can set, unless
-    /// [`max`](Self::max) sets another: a caller never extends the bound of the operator. Default: none, so
-    /// calls without a header have no deadline, and headers have no maximum.
+    /// Sets the time from the start of a call to its deadline, for calls whose headers set none. It is also the maximum
+    /// that a header can set, unless [`max`](Self::max) sets another: a caller never extends the bound of the operator.
+    /// Default: none, so calls without a header have no deadline, and headers have no maximum.
     ///
-    /// A [`Deadline`](crate::time::Deadline) that the application has made itself and inserted in the extensions replaces the
-    /// default, also if it is later, and is then the maximum of a header. Any other deadline in the extensions (of a
-    /// caller, or of another layer) applies if it is earlier.
+    /// A [`Deadline`](crate::time::Deadline) that the application has made itself and inserted in the extensions
+    /// replaces the default, also if it is later, and is then the maximum of a header. Any other deadline in the
+    /// extensions (of a caller, or of another layer) applies if it is earlier.
     ///
     /// [`DeadlineHandle::set_default`] changes it while the layer runs.
     pub fn default_of(self, time: Duration) -> Self {
@@ -109,14 +109,14 @@ impl<R> DeadlineLayer<R> {
         self
     }
 
-    /// Responds to calls that are too late with 504 or `DEADLINE_EXCEEDED`, and leaves the error type of the service
-    /// unchanged. See [`Respond`].
+    /// Responds to calls whose deadline has passed with 504 or `DEADLINE_EXCEEDED`, and leaves the error type of the
+    /// service unchanged. See [`Respond`].
     pub fn respond(self) -> DeadlineLayer<Respond> {
         let Self { times, codec, timeout, fault } = self;
         DeadlineLayer { times, codec, timeout: timeout.respond(), fault }
     }
 
-    /// Responds to calls that are too late with the result of a closure.
+    /// Responds to calls whose deadline has passed with the result of a closure.
     pub fn respond_with<F, Res, E>(self, respond: F) -> DeadlineLayer<RespondWith<F>>
     where
         F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,

@@ -110,17 +110,17 @@
 //! | [`max`](DeadlineLayer::max) | the time of `default_of` |
 //! | [`reserve`](DeadlineLayer::reserve) | none |
 //! | [`header`](DeadlineLayer::header) | none; there is no standard |
-//! | calls that are too late | fail with a boxed [`Rejected`](crate::outcome::Rejected) |
+//! | calls whose deadline has passed | fail with a boxed [`Rejected`](crate::outcome::Rejected) |
 //!
 //! # Comparison with tonic
 //!
 //! The server and the channel of tonic also read `grpc-timeout`. They time the response head only, report `CANCELLED`,
 //! and forward no deadline. Their timers expire at the same time as those of the layers. A call that ends by its
 //! deadline is nevertheless always `DEADLINE_EXCEEDED` for the caller, and has the same outcome for every layer: a
-//! [`TimeoutLayer`](crate::timeout::TimeoutLayer), a `RetryLayer` and a deadline layer that enforces the deadline treat an error
-//! of the client or a `CANCELLED` of the server as the expiry of the deadline, if it arrives at most 1 ms before the
-//! deadline or later. A generated client receives this code with a [`RespondLayer`](crate::respond::RespondLayer), or with the
-//! feature `tonic`.
+//! [`TimeoutLayer`](crate::timeout::TimeoutLayer), a `RetryLayer` and a deadline layer that enforces the deadline treat
+//! an error of the client or a `CANCELLED` of the server as the expiry of the deadline, if it arrives at most 1 ms
+//! before the deadline or later. A generated client receives this code with a
+//! [`RespondLayer`](crate::respond::RespondLayer), or with the feature `tonic`.
 
 mod codec;
 mod handle;

@@ -31,10 +31,10 @@ impl<R> DeadlineLayer<R> {
     /// Returns a layer that only sets the deadline and writes the headers. Inner layers enforce the deadline. The
     /// returned layer has no timer, rejects no call, does not wrap bodies, and accepts services with any response.
     ///
-    /// An inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) enforces the deadline up to the end of the response body. An
-    /// inner [`RetryLayer`](crate::retry::RetryLayer) enforces it up to the response head, over all attempts and delays. A
-    /// limit and a circuit breaker reject calls whose deadline has passed, unless they are in shadow mode. Without a
-    /// timeout or a retry layer, a call in flight is not ended at the deadline.
+    /// An inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) enforces the deadline up to the end of the response
+    /// body. An inner [`RetryLayer`](crate::retry::RetryLayer) enforces it up to the response head, over all attempts
+    /// and delays. A limit and a circuit breaker reject calls whose deadline has passed, unless they are in shadow
+    /// mode. Without a timeout or a retry layer, a call in flight is not ended at the deadline.
     ///
     /// ```
     /// use std::time::Duration;
