@@ -64,7 +64,7 @@ pub(super) struct CheckoutRequest {
     pub(super) client_id: u64,
     /// The version that the client uses for this call. `Unknown` if TLS negotiates it.
     pub(super) version: HttpVersion,
-    /// The call may open an additional connection. Otherwise it waits for a stream of those that there are.
+    /// The call may open an additional connection. Otherwise it waits for a stream of an open connection.
     pub(super) may_add: bool,
 }
 

@@ -293,7 +293,8 @@ impl Future for ClientResponseFuture {
             };
             let polled = response.poll(cx);
             if let Some(connection) = connection.as_ref().filter(|_| shared.any_closing()) {
-                // As soon as the connection is known: the pool may have it back before the response head is polled.
+                // Retire the connection as soon as it is known: it may return to the pool before the response head is
+                // polled.
                 retire(connection);
             }
             if let Some(checkout) = checkout {
@@ -452,7 +453,7 @@ impl ClientBuilder {
     /// Sets TCP keepalive: 15 s, 15 s and 3 by default.
     ///
     /// If a peer has been silent for `after`, the system sends a probe, and repeats it with the interval `every`. After
-    /// so many `times` without a response it closes the connection. The durations are in whole seconds, 1 s or more,
+    /// `times` probes without a response it closes the connection. The durations are in whole seconds, 1 s or more,
     /// and `times` is 1 or more.
     ///
     /// Applies to the connectors of [`build_http`](Self::build_http), `build_https` and

@@ -59,7 +59,7 @@ use crate::{
 pub(super) struct Conn {
     shared: Arc<ConnectState>,
     id: u64,
-    /// Of the client and the host of this connection.
+    /// The streams of the client and the host of this connection.
     client: Arc<Streams>,
     /// The lane of a [`Client`](super::client::Client). Without one, uses of the connection are not reported.
     lane: Option<Lane>,
@@ -261,8 +261,8 @@ impl Conn {
 
     /// Returns whether no further call may begin on this connection.
     ///
-    /// A connection that is to be closed still takes calls if calls share connections and the caps leave no room for
-    /// another one. Otherwise all calls to the host would wait for the end of its last stream.
+    /// A connection that is to be closed still takes calls if calls share connections and the caps permit no other
+    /// connection. Otherwise all calls to the host would wait for the end of its last stream.
     pub(super) fn must_retire(&self) -> bool {
         let is_needed =
             || self.client.version.is_http2() && !self.shared.has_free_permits(self.host());

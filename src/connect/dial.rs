@@ -49,7 +49,7 @@ impl<S> Layer<S> for UntrackedLayer {
     }
 }
 
-/// The service of a [`UntrackedLayer`].
+/// The service of an [`UntrackedLayer`].
 #[derive(Clone)]
 pub struct Untracked<S> {
     inner: S,
@@ -108,7 +108,7 @@ where
     }
 }
 
-/// The future of a [`Untracked`].
+/// The future of an [`Untracked`].
 #[must_use = "futures do nothing unless polled"]
 pub struct UntrackedFuture<T>(Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>);
 

@@ -1,6 +1,6 @@
 //! The state of each host, and the entries of the callers that wait.
 //!
-//! A host is in the [`Hosts`](super::connections::Hosts) while it has users: calls, connects and open connections, each
+//! A host is in the [`Hosts`](super::state::Hosts) while it has users: calls, connects and open connections, each
 //! with a [`HostRef`]. Users of one client share the [`Streams`] of this client. The last user removes the entries, so
 //! that their number is bounded by the number of users.
 

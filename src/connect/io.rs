@@ -41,7 +41,7 @@ struct OpenConn {
     conn: Arc<Conn>,
     has_written: bool,
     is_http2: bool,
-    /// Of an HTTP/2 connection of a client.
+    /// The frames of the peer, if this is an HTTP/2 connection of a [`Client`](super::client::Client).
     frames: Option<Box<PeerFrames>>,
     timer: Option<Pin<Box<Sleep>>>,
     _permits: ConnPermits,
@@ -211,7 +211,7 @@ impl<T: fmt::Debug> fmt::Debug for Io<T> {
     }
 }
 
-// ===== What the peer announces =====
+// ===== Announcements of the peer =====
 
 /// Frame types and the ACK flag of RFC 9113 §6.
 const SETTINGS: u8 = 4;
@@ -230,7 +230,7 @@ struct PeerFrames {
     setting_read: usize,
     max_streams: Option<usize>,
     has_settings: bool,
-    /// The bytes that hyper's cursor receives cannot be read back. Sized for a DATA frame and a TLS record.
+    /// The read buffer, because bytes in hyper's cursor cannot be read back. Sized for a DATA frame and a TLS record.
     buffer: [u8; 16 * 1024],
 }
 
@@ -278,8 +278,8 @@ impl PeerFrames {
         Poll::Ready(Ok(()))
     }
 
-    /// Records bytes of the buffer up to the end of a head or payload. Returns their number, and what the frame changes
-    /// if it is complete.
+    /// Records bytes of the buffer up to the end of a head or payload. Returns their number, and the change of a frame
+    /// that is complete.
     fn record(&mut self, start: usize, end: usize) -> (usize, Option<PeerChange>) {
         let bytes = &self.buffer[start..end];
         let used = if self.head_read < self.head.len() {
@@ -303,7 +303,7 @@ impl PeerFrames {
                     self.setting_read += 1;
                     if self.setting_read == self.setting.len() {
                         self.setting_read = 0;
-                        // MAX_CONCURRENT_STREAMS. The last value of a frame holds (§6.5.3).
+                        // MAX_CONCURRENT_STREAMS. The last value of a frame applies (§6.5.3).
                         if let [0, 3, a, b, c, d] = self.setting {
                             let max = u32::from_be_bytes([a, b, c, d]);
                             self.max_streams = Some(max as usize);

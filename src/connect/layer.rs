@@ -65,7 +65,7 @@ impl ConnectLayer {
     /// Sets the maximum number of connections to all hosts, 1 or more. No limit by default.
     ///
     /// Connections that are being opened are included. At the maximum, an idle connection is closed if a call to
-    /// another host waits. Over HTTP/2 set at least the number of hosts: a connection that always serves a call is
+    /// another host waits. Over HTTP/2 set the number of hosts or more: a connection that always serves a call is
     /// never idle and is not closed for another host.
     ///
     /// [`ConnectHandle::set_max_total`] changes it while the layer is in use.
@@ -100,8 +100,8 @@ impl ConnectLayer {
 
     /// Sets the maximum age of a connection, or `None`. 5 minutes by default, so that changes of DNS take effect.
     ///
-    /// A connection in use is closed after its calls. Over HTTP/2 it takes new calls only while a cap leaves no room
-    /// for another connection. Set each cap to one more than the number of connections that you need.
+    /// A connection in use is closed after its calls. Over HTTP/2 it takes new calls only while a cap permits no
+    /// other connection. Set each cap to one more than the number of connections that you need.
     ///
     /// Only a [`Client`](super::client::Client) enforces it. [`ConnectHandle::set_max_age`] changes it while the layer
     /// is in use.

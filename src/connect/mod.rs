@@ -84,7 +84,7 @@
 //! | a connection | is closed |
 //! |---|---|
 //! | unused for [`max_idle`](ConnectLayer::max_idle) | at once; if its task has not run in time, before its next use |
-//! | as old as [`max_age`](ConnectLayer::max_age), [recycled](ConnectHandle::recycle), or used by a call with a 421 response | at once if idle, otherwise after its calls; no call begins on it, except over HTTP/2 while the caps leave no room for another connection |
+//! | as old as [`max_age`](ConnectLayer::max_age), [recycled](ConnectHandle::recycle), or used by a call with a 421 response | at once if idle, otherwise after its calls; no call begins on it, except over HTTP/2 while the caps permit no other connection |
 //! | idle, while a call to another host waits for a permit of the total | at once |
 //!
 //! If a request is assigned to a connection just when that connection is closed for one of these reasons, the request
@@ -109,8 +109,8 @@
 //!
 //! # In the stack
 //!
-//! At the bottom. A [`ConcurrencyLimitLayer`](crate::limit::ConcurrencyLimitLayer) bounds calls. This layer bounds
-//! connections: over HTTP/2 several calls share one, and over HTTP/1 the idle ones count too.
+//! Place the layer at the bottom. A [`ConcurrencyLimitLayer`](crate::limit::ConcurrencyLimitLayer) bounds calls. This
+//! layer bounds connections: over HTTP/2 several calls share a connection, and over HTTP/1 idle connections count too.
 //!
 //! # Streaming bodies
 //!
@@ -154,7 +154,7 @@
 //!
 //! # Difference from other limits
 //!
-//! A concurrency limit around a connector bounds concurrent connects: it releases its permit when the connection is
+//! A concurrency limit that wraps a connector bounds concurrent connects: it releases its permit when the connection is
 //! open. `pool_max_idle_per_host` of hyper-util and reqwest bounds the idle connections, not the open ones.
 
 mod checkout;

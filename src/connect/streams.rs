@@ -13,7 +13,7 @@
 //! arrives takes a stream directly only while no call is queued, so it does not overtake.
 //!
 //! If the connect of an additional connection fails, its call queues again, and only waits for a stream. At the head of
-//! the queue it makes way for calls that may still open a connection.
+//! the queue it passes the head to a call that may still open a connection, if there is one.
 //!
 //! A stream permit belongs to a connection and is released at the end of the response body. If the connection closes
 //! before the request is assigned to it, hyper-util sends the call over another connection of the lane. The permit is
@@ -88,11 +88,11 @@ struct LaneState {
     open: Vec<Arc<Conn>>,
     /// The lane in which a call opens a connection, if one does.
     opening: Option<Lane>,
-    /// Reserved for the connection that it opens.
+    /// The permits of the connection that this call opens, if it has reserved them.
     permits: Option<PermitPair>,
 }
 
-/// What a call is to do.
+/// The next action of the first call of the queue.
 pub(super) enum Pick {
     Send(StreamPermit),
     Open(Opening),
@@ -130,7 +130,7 @@ impl Streams {
     pub(super) fn queue(&self, may_add: bool) -> StreamQueueGuard<'_> {
         let before = self.queued.fetch_add(1, Ordering::SeqCst);
         if may_add && self.queued_may_add.fetch_add(1, Ordering::SeqCst) < before {
-            // The first call may have to make way for this one.
+            // The first call may have to pass the head of the queue to this one.
             self.notify();
         }
         StreamQueueGuard { streams: self, may_add }
@@ -141,8 +141,8 @@ impl Streams {
         self.queued_may_add.load(Ordering::SeqCst) > 0
     }
 
-    /// Decides what the first call of the queue is to do. It opens an additional connection only with `permits` for it,
-    /// and only if `may_add`.
+    /// Decides the next action of the first call of the queue. It opens an additional connection only with `permits`
+    /// for it, and only if `may_add`.
     pub(super) fn pick(self: &Arc<Self>, permits: &mut Option<PermitPair>, may_add: bool) -> Pick {
         let mut state = self.state();
         if let Some(permit) = state.try_take() {
@@ -156,7 +156,8 @@ impl Streams {
             return Pick::Wait { for_permits: may_add };
         }
         let Some(index) = state.free_lane() else {
-            // A connection that is over serves on. The first call over it leaves it, and its lane is free.
+            // Every lane has a connection, so a connection that is to be closed takes this call. The call retires the
+            // connection, which frees its lane.
             return match state.take(|_| true) {
                 Some(permit) => Pick::Send(permit),
                 None => Pick::Wait { for_permits: false },
@@ -212,7 +213,7 @@ impl Streams {
         self.notify();
     }
 
-    /// Leaves the connections of a lane that has another one now.
+    /// Retires the connections of a lane that has a newer one.
     pub(super) fn retire_lane(&self, lane: Option<Lane>) {
         let any_retired = {
             let state = self.state();
@@ -234,16 +235,17 @@ impl Streams {
         self.changed.notify_one();
     }
 
-    /// Takes the room for the connection that is opened in this lane, if the call has reserved it.
+    /// Takes the permits of the connection that is opened in this lane, if the call has reserved them.
     pub(super) fn take_permits(&self, lane: Lane) -> Option<PermitPair> {
         let mut state = self.state();
         if state.opening == Some(lane) { state.permits.take() } else { None }
     }
 
-    /// Waits until there may be a stream, or until there is room for another connection.
+    /// Waits until a stream may be free. With `for_permits`, also waits for the permits of another connection, and
+    /// returns them.
     ///
-    /// The room is kept for the connection. If it were released, two hosts that wait for it would hand it to and fro,
-    /// and neither would open a connection.
+    /// The connection uses these permits. If they were released and acquired again, two hosts that wait for the same
+    /// permit would pass it to each other, and neither would open a connection.
     pub(super) async fn changed(
         &self,
         host_ref: &HostRef,
@@ -290,7 +292,7 @@ impl LaneState {
         self.open.iter().filter(|conn| !conn.is_retired())
     }
 
-    /// Prefers a connection that is not to be closed, so that one that is to be closed becomes idle and is closed.
+    /// Takes a free stream. Prefers a connection that is not to be closed, so that the others become idle and close.
     fn try_take(&self) -> Option<StreamPermit> {
         self.take(|conn| conn.close_reason().is_none())
             .or_else(|| self.take(|conn| !conn.must_retire()))
@@ -301,7 +303,8 @@ impl LaneState {
         Some(StreamPermit { conn: conn.clone(), is_forgotten: false })
     }
 
-    /// If every lane has a connection, no other can be opened, and calls wait for these although they are to be closed.
+    /// Returns whether there is a connection that takes calls. If every lane has a connection, no other connection can
+    /// be opened, so calls use these connections although they are to be closed.
     fn is_up(&self) -> bool {
         self.in_use().any(|conn| !conn.must_retire()) || self.free_lane().is_none()
     }
