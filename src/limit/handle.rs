@@ -41,14 +41,15 @@ pub struct ConcurrencyLimitSnapshot {
     pub rejected_full: u64,
     /// The number of calls rejected because they had waited in the queue for the maximum time.
     pub rejected_waited: u64,
-    /// The number of calls rejected because their [deadline](crate::time::Deadline) had passed, in the queue or before it.
+    /// The number of calls rejected because their [deadline](crate::time::Deadline) had passed, in the queue or before
+    /// it.
     pub rejected_deadline: u64,
     /// The number of calls rejected because of their priority.
     pub rejected_outranked: u64,
     /// The number of calls admitted in [shadow mode](ConcurrencyLimitHandle::set_shadow) that would have been rejected.
     pub shadowed: u64,
-    /// The median of the waiting times in the queue in the last 30 to 60 s, too high by less than 1 %. `None` if no call
-    /// waited.
+    /// The median of the waiting times in the queue in the last 30 to 60 s, too high by less than 1 %. `None` if no
+    /// call waited.
     pub wait_p50: Option<Duration>,
     /// The 99th percentile of the same waiting times.
     pub wait_p99: Option<Duration>,
@@ -125,8 +126,8 @@ impl ConcurrencyLimitHandle {
     /// # Errors
     ///
     /// Returns a [`Rejected`] if the limit is reached and the queue is full or absent, or if the maximum waiting time
-    /// has passed. A limit that [rejects by priority](super::partition::PartitionedLimitLayer::reject_by_priority) may also reject
-    /// it in favour of calls above the normal priority.
+    /// has passed. A limit that [rejects by priority](super::partition::PartitionedLimitLayer::reject_by_priority) may
+    /// also reject it in favour of calls above the normal priority.
     ///
     /// # Panics
     ///
@@ -182,9 +183,9 @@ impl ConcurrencyLimitHandle {
         Err(ConfigError::new("adaptive.bounds", bounds, remedy))
     }
 
-    /// Sets the length of the queue and the maximum wait, as [`queue`](super::layer::ConcurrencyLimitLayer::queue) does. Calls
-    /// that wait already keep their queue entries, even if the queue is longer than the new length, and the maximum
-    /// wait with which they joined.
+    /// Sets the length of the queue and the maximum wait, as [`queue`](super::layer::ConcurrencyLimitLayer::queue)
+    /// does. Calls that wait already keep their queue entries, even if the queue is longer than the new length, and the
+    /// maximum wait with which they joined.
     ///
     /// # Errors
     ///
@@ -204,14 +205,15 @@ impl ConcurrencyLimitHandle {
         Ok(())
     }
 
-    /// Sets the `Retry-After` hint of rejections, as [`retry_after`](super::layer::ConcurrencyLimitLayer::retry_after) does.
+    /// Sets the `Retry-After` hint of rejections, as [`retry_after`](super::layer::ConcurrencyLimitLayer::retry_after)
+    /// does.
     pub fn set_retry_after(&self, after: Duration) {
         self.0.set_retry_after(after);
     }
 
     /// Sets the time after which a response that its client does not read releases its permit, as
-    /// [`max_unread`](super::layer::ConcurrencyLimitLayer::max_unread) does. It applies to responses that begin after this
-    /// call.
+    /// [`max_unread`](super::layer::ConcurrencyLimitLayer::max_unread) does. It applies to responses that begin after
+    /// this call.
     ///
     /// # Errors
     ///

@@ -25,8 +25,8 @@ admission_layer! {
     /// Limits the number of calls in flight. Each call holds its permit to the end of its response body.
     ///
     /// A layer and all its clones share one limit, however often the layer is applied. A setter after the layer has
-    /// built a service returns a layer with state of its own; use the [handle](ConcurrencyLimitHandle) to change a running
-    /// layer. See the [module](super).
+    /// built a service returns a layer with state of its own; use the [handle](ConcurrencyLimitHandle) to change a
+    /// running layer. See the [module](super).
     layer ConcurrencyLimitLayer {}
     /// The service of a [`ConcurrencyLimitLayer`].
     service ConcurrencyLimit []
@@ -130,13 +130,14 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     ///
     /// The time runs while the response body has not ended and the transport does not poll it, because its buffers are
     /// full. It may be exceeded by a quarter. While the body has no frame ready, it waits for its producer and the time
-    /// does not run, so an idle stream that the client reads keeps its permit. A frame of more than 1 MiB has the time
-    /// once more for each MiB. For a client that reads slowly, the time must be longer than it takes to read the
+    /// does not run, so an idle stream that the client reads keeps its permit. A frame of 1 MiB or more has the time
+    /// once more for each whole MiB. For a client that reads slowly, the time must be longer than it takes to read the
     /// buffers of the transport: up to a few megabytes for HTTP/1, and a stream's window for HTTP/2.
     ///
-    /// The call is then counted in [`unread`](super::handle::ConcurrencyLimitSnapshot::unread). The connection and the response
-    /// remain open: only the server can close the connection, as `Lifecycle::serve` does. If the client reads on, an
-    /// inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) fails the body; without one the response continues without a permit.
+    /// The call is then counted in [`unread`](super::handle::ConcurrencyLimitSnapshot::unread). The connection and the
+    /// response remain open: only the server can close the connection, as `Lifecycle::serve` does. If the client reads
+    /// on, an inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) fails the body; without one the response continues
+    /// without a permit.
     ///
     /// The setting applies to responses that begin after it is set, to about a million at a time. It has no effect with
     /// [`release_at_head`](Self::release_at_head), with [`upgrades`](Self::upgrades), and for services whose responses
@@ -149,21 +150,22 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     /// streams at a time. Further ones acquire permits like any other call. On by default, and without effect until a
     /// [health registry](crate::health::Health) of this process serves the protocol.
     ///
-    /// An exempt call is counted in [`exempt`](super::handle::ConcurrencyLimitSnapshot::exempt). The layer recognises it by
-    /// method, content type and path, as it recognises [exempt paths](Self::exempt_paths). Turn it off for a client,
-    /// and for a server that serves something else at these paths.
+    /// An exempt call is counted in [`exempt`](super::handle::ConcurrencyLimitSnapshot::exempt). The layer recognises
+    /// it by method, content type and path, as it recognises [exempt paths](Self::exempt_paths). Turn it off for a
+    /// client, and for a server that serves something else at these paths.
     pub fn exempt_grpc_health(self, on: bool) -> Self {
         self.set(Ok(on), Limiter::set_exempts_health)
     }
 
-    /// Starts the limit in [shadow mode](ConcurrencyLimitHandle::set_shadow): it rejects no call, and counts the calls that
-    /// it would have rejected.
+    /// Starts the limit in [shadow mode](ConcurrencyLimitHandle::set_shadow): it rejects no call, and counts the calls
+    /// that it would have rejected.
     pub fn shadow(self) -> Self {
         self.set(Ok(true), Limiter::set_shadow)
     }
 
-    /// Puts the permit of each call into the extensions of its request, as a [`CallPermit`](super::upgrade::CallPermit). A handler can take
-    /// the permit and hold it for as long as the upgraded connection lives, such as a WebSocket or a tunnel.
+    /// Puts the permit of each call into the extensions of its request, as a
+    /// [`CallPermit`](super::upgrade::CallPermit). A handler can take the permit and hold it for as long as the
+    /// upgraded connection lives, such as a WebSocket or a tunnel.
     ///
     /// This costs each call an allocation and an entry in the extensions. Call the methods that set how calls are
     /// classified before this one.

@@ -58,15 +58,15 @@
 //!
 //! # Exemptions, partitions and priorities
 //!
-//! The module [`partition`] exempts paths from the limit, divides the limit into partitions with a share each, and rejects
-//! calls by priority.
+//! The module [`partition`] exempts paths from the limit, divides the limit into partitions with a share each, and
+//! rejects calls by priority.
 //!
 //! # Health checks
 //!
-//! A server whose limit is reached still responds to health checks. As soon as a [health registry](crate::health::Health) of
-//! the process serves `grpc.health.v1`, every limit exempts 1024 `Check` calls and 64 `Watch` streams at a time;
-//! further ones acquire permits. Place an HTTP endpoint such as `/livez` outside of the limit, or list it in
-//! [`exempt_paths`](ConcurrencyLimitLayer::exempt_paths).
+//! A server whose limit is reached still responds to health checks. As soon as a [health
+//! registry](crate::health::Health) of the process serves `grpc.health.v1`, every limit exempts 1024 `Check` calls and
+//! 64 `Watch` streams at a time; further ones acquire permits. Place an HTTP endpoint such as `/livez` outside of the
+//! limit, or list it in [`exempt_paths`](ConcurrencyLimitLayer::exempt_paths).
 //!
 //! A client cannot use this to evade the limit: the registry responds at these two paths, and does no work of the
 //! application. If a server in the same process serves something else at these paths, such as a proxy for all paths,
@@ -76,8 +76,8 @@
 //!
 //! In [shadow mode](ConcurrencyLimitLayer::shadow) the limit rejects no call; it counts the calls that it would have
 //! rejected. The [handle](ConcurrencyLimitHandle) returns the calls in flight, the waiting times and the rejections by
-//! reason. It also changes the settings at run time. A setter of the layer does not: after the layer has built a service,
-//! the setter returns a layer with a limit of its own.
+//! reason. It also changes the settings at run time. A setter of the layer does not: after the layer has built a
+//! service, the setter returns a layer with a limit of its own.
 //!
 //! # Position in the stack
 //!
@@ -96,8 +96,8 @@
 //! stopped reading. [`buttress::server`](https://docs.rs/buttress/latest/buttress/stack/fn.server.html) sets it to 60
 //! s, the default of `send_timeout` in nginx. The connection is not closed: under `axum::serve` the response, its
 //! buffers and its connection remain until the client closes it, so limit the number of connections, too. If the client
-//! reads on, an inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) fails the body. An idle stream that the client reads is not
-//! affected: its body waits for its producer.
+//! reads on, an inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) fails the body. An idle stream that the client
+//! reads is not affected: its body waits for its producer.
 //!
 //! # Upgrades
 //!
@@ -139,12 +139,13 @@
 //!
 //! A call that acquires its permit at once costs two atomic operations on one word, and no allocation, lock or clock
 //! read. An [adaptive](ConcurrencyLimitLayer::adaptive) limit adds two clock reads and four atomic operations;
-//! [partitions and priorities](partition) add a short lock, and a partition two atomic operations. A few hundred bytes of each limit are never
-//! deallocated: after the last use of the limit, a new limit reuses them.
+//! [partitions and priorities](partition) add a short lock, and a partition two atomic operations. A few hundred bytes
+//! of each limit are never deallocated: after the last use of the limit, a new limit reuses them.
 //!
 //! With [`max_unread`](ConcurrencyLimitLayer::max_unread), a response whose body has not ended with its head costs two
-//! more atomic operations on a word of its own and two stores per poll, and one task per limit watches all of them.
-//! The task ends when there are no such responses.
+//! more atomic operations on a word of its own and two stores per poll, and one task per limit watches all of them. The
+//! task ends when there are no such responses. The words are in chunks of 6 KiB and more, which are reused and never
+//! deallocated.
 //!
 //! # Defaults
 //!

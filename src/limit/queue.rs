@@ -3,11 +3,11 @@
 //!
 //! # Structure
 //!
-//! There is one queue for the calls without a share and one for each partition, indexed by [`PartitionIndex`]. A
-//! queue is a `BTreeMap` from entry number to [`QueuedCall`]. Numbers increase with each entry and are never reused, so the map is
-//! ordered by arrival: the first key has waited longest, the last key came last. Removal of any entry costs O(log n),
-//! which matters because a waiting call can be dropped at any time, and because [`QueueOrder::Lifo`] and priorities
-//! take entries from other places than the front.
+//! There is one queue for the calls without a share and one for each partition, indexed by [`PartitionIndex`]. A queue
+//! is a `BTreeMap` from entry number to [`QueuedCall`]. Numbers increase with each entry and are never reused, so the
+//! map is ordered by arrival: the first key has waited longest, the last key came last. Removal of any entry costs
+//! O(log n), which matters because a waiting call can be dropped at any time, and because [`QueueOrder::Lifo`] and
+//! priorities remove entries other than the oldest.
 //!
 //! With priorities, `ranks` contains each entry again, ordered by queue, priority and arrival, so that the entry to
 //! displace is found in O(log n).
@@ -19,8 +19,8 @@
 //!
 //! - in its queue: it waits ([`Position::Queued`]).
 //! - in `displaced`: a call of higher priority has displaced it ([`Position::Displaced`]).
-//! - in neither: it has received a permit ([`Position::Granted`]). The permit is already counted as in flight, and the owner
-//!   of the `EntryId` is responsible for it.
+//! - in neither: it has received a permit ([`Position::Granted`]). The permit is already counted as in flight, and the
+//!   owner of the `EntryId` is responsible for it.
 //!
 //! The owner may observe the state late, or never if it is dropped first. So `leave` returns the state, and the limit
 //! then corrects its counts: it removes a waiting caller, releases the permit that was received, or does nothing.
@@ -62,8 +62,8 @@ pub enum QueueOrder {
     /// out serves all of them too late.
     Lifo,
     /// First in, first out, until the oldest entry has waited for this time or longer; then last in, first out, until
-    /// the oldest entry has left. 100 ms is suitable for callers that wait for seconds. The rule is the target within
-    /// an interval of CoDel (RFC 8289), as used in the servers of Facebook (Maurer, "Fail at Scale", ACM Queue 2015).
+    /// the oldest entry has left. 100 ms is suitable for callers that wait for seconds. The rule is the adaptive
+    /// LIFO of the servers of Facebook (Maurer, "Fail at Scale", ACM Queue 2015).
     Adaptive(Duration),
 }
 

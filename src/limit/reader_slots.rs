@@ -1,8 +1,8 @@
 //! The slots of watched bodies: response bodies whose polls a limit with `max_unread` records.
 //!
 //! A watched body claims a [`ReaderSlot`] at its response head and frees it at its end. Each poll of the body increases
-//! the slot's `polls` by two; the lowest bit is set if the last poll returned `Pending`. The sweeper (`sweeper.rs`) reads
-//! the slots and releases the permits of unread responses.
+//! the slot's `polls` by two; the lowest bit is set if the last poll returned `Pending`. The sweeper (`sweeper.rs`)
+//! reads the slots and releases the permits of unread responses.
 //!
 //! A watched call costs two atomic read-modify-write operations on its own slot and two plain stores per poll. It
 //! allocates nothing, takes no lock and reads no clock. A claim that finds no free slot allocates a chunk.
@@ -18,9 +18,10 @@
 //!
 //! - `state` is `generation << 2 | stage`. The stages are free → claimed → held → free, or free → claimed → held →
 //!   released → free. Claims increase the generation. A claim writes the other fields while the stage is claimed, in
-//!   which the sweeper ignores the slot. Only the sweeper changes held to released, by compare-exchange with the whole word that
-//!   it has observed, so it never releases the permit of a later body in the same slot. The body frees the slot by one
-//!   read-modify-write, whose old stage states whether the body still has the permit. So a permit is released once.
+//!   which the sweeper ignores the slot. Only the sweeper changes held to released, by compare-exchange with the whole
+//!   word that it has observed, so it never releases the permit of a later body in the same slot. The body frees the
+//!   slot by one read-modify-write, whose old stage states whether the body still has the permit. So a permit is
+//!   released once.
 //! - `tag`, `polls` and `times` are written only by the owner of the slot: the thread that claims it, then the body.
 //! - The sweeper uses `polls` and `times` only after it has observed the same `state` and `polls` for the maximum time.
 //! - The sweeper reads `tag` after it has observed the stage held and before its compare-exchange. A later claim writes
@@ -31,10 +32,10 @@
 //!
 //! # Memory orderings
 //!
-//! - A claim stores `tag` before it stores the stage held with Release. The sweeper loads `state` with Acquire before it
-//!   reads `tag`. Its compare-exchange has Release as well, so that it stays behind the read of `tag`.
-//! - A poll stores `times` before it stores `polls` with Release. The sweeper loads `polls` with Acquire before it reads
-//!   `times`.
+//! - A claim stores `tag` before it stores the stage held with Release. The sweeper loads `state` with Acquire before
+//!   it reads `tag`. Its compare-exchange has Release as well, so that it stays behind the read of `tag`.
+//! - A poll stores `times` before it stores `polls` with Release. The sweeper loads `polls` with Acquire before it
+//!   reads `times`.
 //! - The Release of the body in [`ReaderSlot::free`] pairs with the compare-exchange of the next claim.
 //! - The end of the sweeper and a claim are a store-buffering pair; see `sweeper.rs`. The claim and
 //!   [`ReaderSlots::has_held`] are SeqCst for it.
@@ -171,7 +172,7 @@ pub(super) struct ReaderSlots {
     chunks: [OnceLock<Box<[ReaderSlot]>>; MAX_CHUNKS],
     /// The chunk in which slots are claimed: the last one.
     last: AtomicUsize,
-    /// A sweeper runs, or is about to be spawned.
+    /// Whether a sweeper runs or is about to be spawned.
     is_sweeping: AtomicBool,
 }
 

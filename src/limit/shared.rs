@@ -38,8 +38,8 @@ impl SharedLimiter {
         Permit::new(owner, token)
     }
 
-    /// Prepares a setting of a layer: if a service uses the limiter, replaces it by a [fork](Limiter::fork), so that the
-    /// setting does not change the service.
+    /// Prepares a setting of a layer: if a service uses the limiter, replaces it by a [fork](Limiter::fork), so that
+    /// the setting does not change the service.
     pub(super) fn detach(&mut self) -> Result<(), ConfigError> {
         if self.is_in_use() {
             let fork = self.fork().ok_or_else(|| {

@@ -8,11 +8,11 @@
 //!
 //! The sweeper, one task for each slot of a limit, reads all [reader slots](super::reader_slots) every eighth of the
 //! maximum time, and every [`MAX_PERIOD`] if that is shorter. If a slot has not changed for the maximum time, and the
-//! last poll was not `Pending`, the response has waited for its reader for that time: the sweeper releases the permit. A
-//! body whose last poll was `Pending` waits for its producer and keeps its permit.
+//! last poll was not `Pending`, the response has waited for its reader for that time: the sweeper releases the permit.
+//! A body whose last poll was `Pending` waits for its producer and keeps its permit.
 //!
-//! A transport takes a frame as a whole and polls again when it is nearly written, so a long frame has the maximum time
-//! once more for each MiB.
+//! A transport takes a frame as a whole and polls again when it is nearly written, so a frame of 1 MiB or more has the
+//! maximum time once more for each whole MiB.
 //!
 //! The sweeper ends when the setting is off or no slot is held. If no sweeper runs, the next watched call spawns one.
 //! It does not end with the limit: the next owner of the slot uses it. A held reader slot belongs to a call in flight,
@@ -20,11 +20,11 @@
 //!
 //! # The end of the sweeper
 //!
-//! There is at most one sweeper of a slot. `is_sweeping` is set by the thread that spawns it, and cleared by the sweeper
-//! when it ends. The end and a claim are a store-buffering pair: the sweeper clears `is_sweeping` and then reads all
-//! slots; a claim writes its slot and then reads `is_sweeping`. All four operations are SeqCst, so at least one of the
-//! two observes the write of the other: the sweeper continues, or the claim spawns a new one. Weaker orderings would
-//! allow that neither does, and the body would not be watched.
+//! There is at most one sweeper of a slot. `is_sweeping` is set by the thread that spawns it, and cleared by the
+//! sweeper when it ends. The end and a claim are a store-buffering pair: the sweeper clears `is_sweeping` and then
+//! reads all slots; a claim writes its slot and then reads `is_sweeping`. All four operations are SeqCst, so at least
+//! one of the two observes the write of the other: the sweeper continues, or the claim spawns a new one. Weaker
+//! orderings would allow that neither does, and the body would not be watched.
 
 use std::{thread, time::Duration};
 

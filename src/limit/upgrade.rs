@@ -13,7 +13,8 @@ use crate::{
 };
 use http::Request;
 
-/// The permit of a call, in the extensions of its request. See [`upgrades`](super::layer::ConcurrencyLimitLayer::upgrades).
+/// The permit of a call, in the extensions of its request. See
+/// [`upgrades`](super::layer::ConcurrencyLimitLayer::upgrades).
 ///
 /// Clones refer to the same permit; only one [`OwnedPermit`] exists at a time. If no handler [takes](Self::take) the
 /// permit, the call releases it at its end, as without this type.
@@ -21,12 +22,12 @@ use http::Request;
 pub struct CallPermit(Arc<UpgradeSlot>);
 
 impl CallPermit {
-    /// Takes the permit. It is released when both the call has ended, to the end of its body, and the returned
-    /// [`OwnedPermit`] has been dropped.
+    /// Takes the permit. It is released when the response body of the call has ended and the returned [`OwnedPermit`]
+    /// has been dropped, whichever is later.
     ///
     /// Returns `None` while another [`OwnedPermit`] of this call exists, and after the call has ended. For an upgrade,
-    /// take the permit before the response is returned. If several limits are around the handler, this takes the
-    /// permits of all of them.
+    /// take the permit before the response is returned. If several limits wrap the handler, this takes the permits
+    /// of all of them.
     #[must_use = "the permit is released when this is dropped"]
     pub fn take(&self) -> Option<OwnedPermit> {
         let mut state = self.0.lock();
@@ -161,7 +162,7 @@ impl Release for UpgradeSlot {
     fn record_head(&self, token: &mut Token, so_far: Outcome) {
         // `Permit::head` runs user code: algorithms, wakers and subscribers. So the permit is taken out of the slot
         // first, and `LentPermit` puts it back. Before the end of the call only the call itself can release the permit,
-        // and the call is in this function, so no other code misses the permit meanwhile.
+        // and the call is in this function, so no other code needs the permit meanwhile.
         let permit = self.lock().permit.take();
         let mut lent = LentPermit { slot: self, permit };
         lent.permit.replace_clock(token.clock);

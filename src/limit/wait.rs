@@ -92,8 +92,8 @@ impl Future for PermitWait {
         };
         limiter.record_timeout(*entry);
         let rejected = limiter.reject(kind).map(|token| limiter.permit(token));
-        // The entry may receive a permit before it is removed here. In that case the drop of the `OwnedEntry` passes the
-        // permit to the next entry.
+        // The entry may receive a permit before it is removed here. In that case the drop of the `OwnedEntry` passes
+        // the permit to the next entry.
         drop(this.entry.0.take().map(|entry| OwnedEntry(Some(entry))));
         Poll::Ready(rejected)
     }

@@ -5,8 +5,8 @@ use crate::error::ConfigError;
 
 /// An algorithm that determines the limit.
 ///
-/// The methods are called under a lock, [`on_sample`](Self::on_sample) at the end of every call that is a sample. They must be
-/// short and must not use a handle of the limit, which would deadlock. A panic is caught, also while the thread
+/// The methods are called under a lock, [`on_sample`](Self::on_sample) at the end of every call that is a sample. They
+/// must be short and must not use a handle of the limit, which would deadlock. A panic is caught, also while the thread
 /// unwinds, and reported as an event: the limit keeps its value, and later calls are recorded as before.
 pub trait Algorithm: fmt::Debug + Send + 'static {
     /// Returns the current limit, 1 or more.

@@ -44,8 +44,8 @@ impl BoundedLimit {
         self.limit = limit.clamp(self.min, self.max);
     }
 
-    /// Sets the bounds. Invalid bounds, which only a direct call of [`Algorithm::set_bounds`] can contain, are corrected
-    /// to valid ones.
+    /// Sets the bounds. Invalid bounds, which only a direct call of [`Algorithm::set_bounds`] can contain, are
+    /// corrected to valid ones.
     fn set_bounds(&mut self, bounds: RangeInclusive<u32>) {
         let min = (*bounds.start()).max(1);
         (self.min, self.max) = (min.into(), (*bounds.end()).max(min).into());

@@ -20,14 +20,14 @@ use crate::error::ConfigError;
 ///
 /// 1. If a twentieth of the calls or more were dropped, the limit is lowered by a tenth. For the next 10 s it rises by
 ///    1 per round only.
-/// 2. If less than three quarters of the limit were in use, the limit does not change and nothing is learnt.
+/// 2. If less than three quarters of the limit were in use, the limit and the baseline do not change.
 /// 3. Otherwise the limit is multiplied by 1.4 × baseline / latency, within 0.5 and 1.4. The baseline is the latency
 ///    without a queue; the factor 1.4 is headroom. Changes of less than 5 % are left out.
 ///
 /// # The baseline
 ///
-/// The baseline follows the rounds that are faster than it, or slower by 10 % or less. The other rounds do not change
-/// it, so it cannot adapt to the latency of a queue.
+/// The baseline follows the rounds that are faster than it, or slower by 10 % or less. With a limit of 1 it
+/// follows every round. The other rounds do not change it, so it cannot adapt to the latency of a queue.
 ///
 /// If there was no such round for 10 s or 20 rounds, whichever is longer (1 s for the first baseline), the limit is
 /// lowered to 0.65 of its value (a *drain*). As long as the throughput falls by less than half of what a proportional
@@ -199,7 +199,8 @@ impl Knee {
                 (KneeStep::Drain, Some(_)) => return self.set_baseline(before.seen, seen, now),
                 // The bounds have prevented a change that is large enough to compare.
                 (KneeStep::Drain, None) => self.stale_at = seen.stale_at(now),
-                // Either there was no queue, or the upstream changed at the same time: a drain finds out.
+                // Either there was no queue, or the upstream changed at the same time: a drain measures
+                // the baseline.
                 (KneeStep::Down, Some(effect)) if effect > 0.75 => {
                     return self.drain(seen, ChangeReason::Slower);
                 }

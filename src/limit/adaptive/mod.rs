@@ -26,8 +26,8 @@
 //! - with 8000 calls per second offered, the limit 5 s after the number of workers changes to 10, and 5 s after it
 //!   changes to 40.
 //!
-//! The results are from virtual time, by `cargo run -p offline-examples --bin adaptive_limit` and, for the other crates,
-//! `cargo run -p buttress-benches --example adaptive_peers`, 2026-11:
+//! The results are from virtual time, by `cargo run -p offline-examples --bin adaptive_limit` and, for the other
+//! crates, `cargo run -p buttress-benches --example adaptive_peers`, 2026-11:
 //!
 //! | | after 10 s, from 1, 10, 1000 | goodput and p99 after 20 min | capacity halved, then fourfold |
 //! |---|---|---|---|
@@ -42,21 +42,22 @@
 //! # Samples
 //!
 //! Latency is measured from when the request has been sent to the response head. The time in the queue and the time of
-//! a slow upload are not part of it. The end of an upload is detected by a [`SentMark`](crate::outcome::SentMark) or by a
-//! timeout layer inside of the limit. A call that ends before its request has been sent is not a sample, with one
+//! a slow upload are not part of it. The end of an upload is detected by a [`SentMark`](crate::outcome::SentMark) or by
+//! a timeout layer inside of the limit. A call that ends before its request has been sent is not a sample, with one
 //! exception: a connect timeout is a drop.
 //!
-//! [`until_body_end`](super::layer::ConcurrencyLimitLayer::until_body_end) measures to the end of the body instead, without
-//! the time for which the response waits for its reader. Use it for streams, which hold their permits for much longer
-//! than their heads take. With the latency to the head, each released permit admits a call whose head is quick or slow
-//! by chance, and the limit wanders far below what the upstream can serve.
+//! [`until_body_end`](super::layer::ConcurrencyLimitLayer::until_body_end) measures to the end of the body instead,
+//! without the time for which the response waits for its reader. Use it for streams, which hold their permits for much
+//! longer than their heads take. With the latency to the head, each released permit admits a call whose head is quick
+//! or slow by chance, and the limit wanders far below what the upstream can serve.
 //!
 //! A gRPC call whose status comes in the trailers is recorded when they arrive, with the latency to its head. Responses
 //! that signal overload (429, 529, 503, 504, 520 to 524, `RESOURCE_EXHAUSTED`, `UNAVAILABLE`, `DEADLINE_EXCEEDED`; see
-//! [`Http`](crate::classify::Http)) and timeouts are drops. Cancelled calls are not recorded, unless the upstream had the
-//! complete request for [`count_cancelled_after`](super::layer::ConcurrencyLimitLayer::count_cancelled_after): then they are
-//! drops. Other failures are not recorded, because a response that fails fast must not count as a fast response.
-//! Refused streams and other [connection housekeeping](crate::outcome::Outcome::is_housekeeping) are neutral, too.
+//! [`Http`](crate::classify::Http)) and timeouts are drops. Cancelled calls are not recorded, unless the upstream had
+//! the complete request for [`count_cancelled_after`](super::layer::ConcurrencyLimitLayer::count_cancelled_after): then
+//! they are drops. Other failures are not recorded, because a response that fails fast must not count as a fast
+//! response. Refused streams and other [connection housekeeping](crate::outcome::Outcome::is_housekeeping) are neutral,
+//! too.
 
 mod aimd;
 mod algorithm;

@@ -19,7 +19,7 @@ use crate::{
     user_code::catch_panic,
 };
 
-/// The value of `count_cancelled_after` with which no call that its caller ended counts.
+/// The value of `count_cancelled_after` that stands for `None`: a call that its caller ended never counts.
 const NEVER: u64 = u64::MAX;
 
 /// The algorithm of an adaptive limit, with its clock and settings.

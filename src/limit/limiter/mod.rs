@@ -17,10 +17,10 @@
 //! Otherwise the call joins the queue ([`Limiter::join_queue`]): under the lock of the queue, a compare-exchange adds 1
 //! to `waiting`, and the entry is inserted under the same lock hold. As long as `waiting` is not zero, `try_acquire`
 //! fails, so a new call cannot overtake the queue. A release that finds `waiting > 0` passes its permit on
-//! ([`Limiter::grant_next`]): under the lock, one compare-exchange subtracts 1 from `waiting` and adds 1 to `in flight`,
-//! the entry is removed from the queue, and its waker is woken without the lock. The permit belongs to the entry from
-//! then on, before its future has been polled. If the future is dropped instead, [`Limiter::leave_queue`] finds that the
-//! entry has received a permit and releases it, which passes it to the next entry.
+//! ([`Limiter::grant_next`]): under the lock, one compare-exchange subtracts 1 from `waiting` and adds 1 to
+//! `in flight`, the entry is removed from the queue, and its waker is woken without the lock. The permit belongs to the
+//! entry from then on, before its future has been polled. If the future is dropped instead, [`Limiter::leave_queue`]
+//! finds that the entry has received a permit and releases it, which passes it to the next entry.
 //!
 //! `grant_next` repeats until no entry may have a permit, so one release also fills a limit that has been raised.
 //!
@@ -28,16 +28,16 @@
 //!
 //! A limiter is reference-counted by its layers, services, handles and waiting calls, and is deallocated with the last
 //! reference. A reference count per call would cost two atomic operations more than the permit itself. So only the word
-//! outlives the limiter: it lies in a [slot](crate::permit::Slot), and the permit of a call holds a `&'static` reference
-//! to the slot. The slot finds the limiter for the rare release that passes its permit on.
+//! outlives the limiter: it lies in a [slot](crate::permit::Slot), and the permit of a call holds a `&'static`
+//! reference to the slot. The slot finds the limiter for the rare release that passes its permit on.
 //!
 //! Some calls need the limiter at their release: the calls of an adaptive limit, the calls of a partition, and exempt
 //! calls, which are not in the word. Their permits hold a counted reference; see `shared.rs`.
 //!
 //! The drop of the limiter sets ABANDONED. If no call is in flight then, the drop recycles the slot; otherwise the
-//! release that takes `in flight` from 1 to 0 with the bit set does. Both are read-modify-writes of one word, so exactly
-//! one of them observes "abandoned, and no call in flight". No call is admitted after the drop, because an admission
-//! needs a reference to the limiter, and no entry is in the queue, because a waiting call has one.
+//! release that takes `in flight` from 1 to 0 with the bit set does. Both are read-modify-writes of one word, so
+//! exactly one of them observes "abandoned, and no call in flight". No call is admitted after the drop, because an
+//! admission needs a reference to the limiter, and no entry is in the queue, because a waiting call has one.
 //!
 //! Some code may still use the slot when another limiter owns it, without an effect on that limiter:
 //!
@@ -56,28 +56,28 @@
 //!   until calls end.
 //! - No permit is lost while a call waits. Both counts are in one word, so its modifications have one order. Either a
 //!   release comes before the compare-exchange of `join_queue`: then that compare-exchange fails or observes the free
-//!   permit, and the call acquires it. Or it comes after: then the value that `fetch_sub` returns has `waiting > 0`, and
-//!   the releasing thread calls `grant_next`. `grant_next` has to take the lock, so the entry is in the queue by then.
-//!   Two separate atomics would need a fence between them; do not split the word.
+//!   permit, and the call acquires it. Or it comes after: then the value that `fetch_sub` returns has `waiting > 0`,
+//!   and the releasing thread calls `grant_next`. `grant_next` has to take the lock, so the entry is in the queue by
+//!   then. Two separate atomics would need a fence between them; do not split the word.
 //! - While the lock is free, `waiting` equals the number of entries in the queue: each change of `waiting` happens
 //!   under the lock, together with the change of the queue.
 //! - `grant_next` moves a caller from `waiting` to `in flight` in one step. In two steps, a new call could acquire the
 //!   permit in between, or `in flight` would exceed the limit.
-//! - A change of the limit calls `grant_next` after the store. A concurrent `join_queue` either comes first in the order
-//!   of the lock, so that `grant_next` finds its entry, or comes later and observes the new limit. `try_acquire` reads
-//!   the limit without the lock and may use the old value for a moment: then it fails and `join_queue` decides, or it
-//!   admits a call by a limit that has just been lowered.
+//! - A change of the limit calls `grant_next` after the store. A concurrent `join_queue` either comes first in the
+//!   order of the lock, so that `grant_next` finds its entry, or comes later and observes the new limit. `try_acquire`
+//!   reads the limit without the lock and may use the old value for a moment: then it fails and `join_queue` decides,
+//!   or it admits a call by a limit that has just been lowered.
 //! - With partitions or priorities every admission takes the lock (`partitioned.rs`), because the counts of the
 //!   partitions are in the queue. The word is changed by the same operations, and their calls do not use `try_acquire`.
 //! - No user code runs under the lock: wakers are woken, cloned and dropped without it.
 //!
 //! # Memory orderings
 //!
-//! - The Acquire of an admission (`try_acquire`, or `change` in `join_queue` and `grant_next`) pairs with the Release of
-//!   [`LimitWord::release`]: the writes of a call happen before the next call that uses its permit. All changes of the
-//!   word are read-modify-writes, so the release sequence of each release extends to every later acquire.
-//! - `release` and [`LimitWord::abandon`] are AcqRel, so the thread that recycles the slot has acquired the writes of all
-//!   other calls. The free list publishes them to the next owner, whose [`LimitWord::reset`] can be Relaxed.
+//! - The Acquire of an admission (`try_acquire`, or `change` in `join_queue` and `grant_next`) pairs with the Release
+//!   of [`LimitWord::release`]: the writes of a call happen before the next call that uses its permit. All changes of
+//!   the word are read-modify-writes, so the release sequence of each release extends to every later acquire.
+//! - `release` and [`LimitWord::abandon`] are AcqRel, so the thread that recycles the slot has acquired the writes of
+//!   all other calls. The free list publishes them to the next owner, whose [`LimitWord::reset`] can be Relaxed.
 //! - Loads before a compare-exchange are Relaxed: a stale value makes the compare-exchange fail. A stale `waiting > 0`
 //!   or `in flight == limit` in `try_acquire` leads to `join_queue`, which decides by a compare-exchange of its own.
 //! - The limit is ordered by the lock where it matters, as stated above. The other settings are independent values and
@@ -191,7 +191,7 @@ impl SlotOwner for Limiter {
 }
 
 impl Limiter {
-    /// Returns a limiter that its slot does not find yet: the owner registers it.
+    /// Returns a limiter that is not registered in its slot yet. The owner registers it.
     pub(super) fn new(limit: u32, adaptive: Option<Sampler>) -> Self {
         let slot = Slot::<Self>::allocate();
         slot.word().reset();

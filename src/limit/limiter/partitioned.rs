@@ -1,9 +1,9 @@
 //! Admission by exemption, partition and priority.
 //!
 //! A limit with partitions or priorities admits each call under the lock of the queue, because the counts of the
-//! partitions ([`Shares`](super::super::partition::Shares)) and the [`PriorityThreshold`] are protected by it. The word remains the
-//! authority for the total: its counts are changed by the same compare-exchanges as in the [module](super), so that a
-//! call without a partition is released as there.
+//! partitions ([`Shares`](super::super::partition::Shares)) and the [`PriorityThreshold`] are protected by it. The word
+//! remains the authority for the total: its counts are changed by the same compare-exchanges as in the [module](super),
+//! so that a call without a partition is released as there.
 //!
 //! A call of a partition has the index of its queue in its token. Its release takes the lock: it subtracts the call
 //! from the partition before the word.
@@ -95,10 +95,10 @@ impl Limiter {
     /// Acquires a permit or joins the queue, by partition and priority. `max_queue` is the maximum length of the
     /// queue; with 0 the call does not wait.
     ///
-    /// In this order: a priority below the threshold is rejected. Queue entries that may have a permit receive it first,
-    /// so that a new call does not overtake them. The call acquires a permit if its partition may have one. Otherwise
-    /// it joins the queue; if the queue is full, it displaces an entry of lower priority of its partition or is
-    /// rejected.
+    /// In this order: a priority below the threshold is rejected. Queue entries that may have a permit receive it
+    /// first, so that a new call does not overtake them. The call acquires a permit if its partition may have one.
+    /// Otherwise it joins the queue; if the queue is full, it displaces an entry of lower priority of its partition or
+    /// is rejected.
     fn enter_partitioned(
         &self,
         class: CallClass,
@@ -157,8 +157,8 @@ impl Limiter {
     }
 
     /// Returns when a call that waits until `until` has to try again by itself. With partitions or priorities this is
-    /// one [`RESERVATION`] from now, or `until` if that is earlier: the reservation of another partition expires by time
-    /// alone, without a release that would pass a permit on.
+    /// one [`RESERVATION`] from now, or `until` if that is earlier: the reservation of another partition expires by
+    /// time alone, without a release that would pass a permit on.
     pub(crate) fn recheck_at(&self, until: Instant) -> Instant {
         if !self.is_partitioned.load(Ordering::Relaxed) {
             return until;

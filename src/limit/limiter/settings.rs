@@ -94,7 +94,8 @@ impl Limiter {
         self.is_in_use.load(Ordering::Relaxed)
     }
 
-    /// Returns a limiter with the same settings and without calls. `None` if the algorithm of an adaptive limit panicked.
+    /// Returns a limiter with the same settings and without calls. `None` if the algorithm of an adaptive limit
+    /// panicked.
     pub(crate) fn fork(&self) -> Option<Self> {
         let adaptive = match &self.adaptive {
             Some(adaptive) => Some(adaptive.fork()?),

@@ -19,8 +19,9 @@ impl CallClass {
         Self { exempt: true, partition: None, priority: Priority::NORMAL }
     }
 
-    /// Sets the number of the partition, in the order of [`partitions`](super::layer::PartitionedLimitLayer::partitions), from 0. A
-    /// call without a partition, or with a number that does not exist, has no share and only borrows.
+    /// Sets the number of the partition, in the order of
+    /// [`partitions`](super::layer::PartitionedLimitLayer::partitions), from 0. A call without a partition, or with a
+    /// number that does not exist, has no share and only borrows.
     #[must_use]
     pub const fn partition(mut self, number: u8) -> Self {
         self.partition = Some(number);

@@ -41,8 +41,8 @@ admission_layer! {
 }
 
 impl<M, R> ConcurrencyLimitLayer<M, R> {
-    /// Classifies calls by a closure over the request that returns a [`CallClass`](super::class::CallClass). Call the methods that set
-    /// the limit, its queue and the other settings before this one.
+    /// Classifies calls by a closure over the request that returns a [`CallClass`](super::class::CallClass). Call the
+    /// methods that set the limit, its queue and the other settings before this one.
     pub fn classify_by<K>(self, classifier: K) -> PartitionedLimitLayer<K, M, R> {
         let Plan { policy: limiter, protocol, reject, fault } = self.into_plan();
         PartitionedLimitLayer {
@@ -158,7 +158,8 @@ impl PartitionedLimitHandle {
         Ok(())
     }
 
-    /// Turns rejection by priority on or off, as [`reject_by_priority`](PartitionedLimitLayer::reject_by_priority) does.
+    /// Turns rejection by priority on or off, as [`reject_by_priority`](PartitionedLimitLayer::reject_by_priority)
+    /// does.
     pub fn set_reject_by_priority(&self, on: bool) {
         self.0.0.set_reject_by_priority(on);
     }

@@ -49,17 +49,18 @@
 //!
 //! # Priorities
 //!
-//! [`reject_by_priority`](PartitionedLimitLayer::reject_by_priority) maintains a priority threshold: calls whose priority is
-//! below it are rejected before they can queue. The threshold is recomputed once per second, or after 2000 calls if that is earlier:
+//! [`reject_by_priority`](PartitionedLimitLayer::reject_by_priority) maintains a priority threshold: calls whose
+//! priority is below it are rejected before they can queue. The threshold is recomputed once per second, or after 2000
+//! calls if that is earlier:
 //!
-//! - If more than a twentieth of the calls above the threshold found no permit, the threshold is set so that the number of
-//!   calls above it equals the number of calls that were admitted.
+//! - If more than a twentieth of the calls above the threshold found no permit, the threshold is set so that the number
+//!   of calls above it equals the number of calls that were admitted.
 //! - Otherwise it is lowered, so that 2 % more calls than were admitted are above it. The percentage doubles each time
 //!   that this case repeats.
 //! - With fewer than 20 calls, there is no threshold.
 //!
-//! Between the recomputations, a call that finds the queue full displaces the queue entry of the lowest priority of its
-//! partition, of several the latest, if that priority is lower than its own.
+//! Between the recomputations, a call that finds the queue full displaces the queue entry of the lowest priority in its
+//! partition, if that priority is lower than its own. Of several entries with this priority it displaces the latest.
 //!
 //! # Cost
 //!

@@ -72,7 +72,7 @@ impl Shares {
             return wrong("use shares above 0, up to 1");
         }
         if ratios.iter().sum::<f64>() > 1.0 + 1e-9 {
-            return wrong("use shares that sum up to 1 at most");
+            return wrong("use shares with a sum of 1 or less");
         }
         Ok(())
     }
@@ -141,9 +141,9 @@ impl Shares {
         }
     }
 
-    /// Returns whether a call of this index may acquire a permit, with `in_flight` calls in flight in total. A partition
-    /// that uses less than its share may acquire any free permit; other calls only those that are not reserved for
-    /// other partitions.
+    /// Returns whether a call of this index may acquire a permit, with `in_flight` calls in flight in total. A
+    /// partition that uses less than its share may acquire any free permit; other calls only those that are not
+    /// reserved for other partitions.
     pub(crate) fn can_enter(
         &self,
         index: PartitionIndex,

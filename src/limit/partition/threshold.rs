@@ -18,8 +18,8 @@ pub(crate) struct PriorityThreshold {
     total: u32,
     /// The number of admitted calls of this window.
     admitted: u32,
-    /// The number of calls of this window that were rejected because no permit was free, although the threshold let them
-    /// pass.
+    /// The number of calls of this window that were rejected because no permit was free, although the threshold let
+    /// them pass.
     no_room: u32,
     /// The threshold; 0 is none.
     threshold: u16,
