@@ -145,7 +145,7 @@ where
                 drain_request(request);
                 EndpointState::Respond { response: Some(Box::new(response)) }
             }
-            // Returned at once, because the future is large to move.
+            // The future is returned here, because it is large and each move copies it.
             _ if was_ready => {
                 let state = EndpointState::Called { future: self.inner.call(request) };
                 return HealthEndpointsFuture { state };

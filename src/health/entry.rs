@@ -6,10 +6,10 @@
 //! # Overdue runs
 //!
 //! A run that blocks its thread cannot report a failure. Therefore the check stores the time by which the current run
-//! must have ended ([`CheckEntry::start_check`], [`CheckEntry::schedule_next`]), and readers compare it with the clock. After that time the
-//! check fails, whatever its stored state. Watchers wake at that time. The first watcher that observes the overdue
-//! check notifies the others ([`CheckEntry::mark_overdue`]), and the end of the run notifies all of them again
-//! ([`CheckEntry::schedule_next`]).
+//! must have ended ([`CheckEntry::start_check`], [`CheckEntry::schedule_next`]), and readers compare it with the clock.
+//! After that time the check fails, whatever its stored state. Watchers wake at that time. The first watcher that
+//! observes the overdue check notifies the others ([`CheckEntry::mark_overdue`]), and the end of the run notifies all
+//! of them again ([`CheckEntry::schedule_next`]).
 
 use std::{
     fmt,
@@ -266,7 +266,7 @@ impl CheckEntry {
         let last = self.last_run.lock().clone();
         let failed = last.as_ref().and_then(|last| last.result.as_ref().err());
         let reason = if overdue {
-            Some("gives no result any more".to_owned())
+            Some("its run is overdue".to_owned())
         } else {
             failed.and_then(|reason| reason.as_deref().map(str::to_owned))
         };

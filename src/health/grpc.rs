@@ -62,7 +62,8 @@ impl GrpcHealth {
     /// Returns the service for a tonic server.
     ///
     /// After this call the concurrency limits of this process exempt health calls: 1024 `Check` calls and 64 `Watch`
-    /// streams for each limit. [`exempt_grpc_health`](crate::limit::ConcurrencyLimitLayer::exempt_grpc_health) turns this off.
+    /// streams for each limit. [`exempt_grpc_health`](crate::limit::ConcurrencyLimitLayer::exempt_grpc_health) turns
+    /// this off.
     #[must_use]
     pub fn into_server(self) -> HealthServer<Self> {
         grpc::set_serves_health();

@@ -27,8 +27,8 @@ admission_layer! {
     /// A layer and its clones share one gate and one prober, even if the layer is applied several times. The prober
     /// probes the service that the layer wraps first. Two upstreams need two layers. See the [module](super).
     ///
-    /// A setter after the layer has built a service returns a layer with a gate of its own, which reports to no check of
-    /// a registry until [`report_to`](Self::report_to). Use the [handle](Self::handle) to change a running layer.
+    /// A setter after the layer has built a service returns a layer with a gate of its own, which reports to no check
+    /// of a registry until [`report_to`](Self::report_to). Use the [handle](Self::handle) to change a running layer.
     layer HealthProbeLayer { probe: P }
     /// The service of a [`HealthProbeLayer`].
     service HealthProbe []
@@ -123,7 +123,8 @@ impl HealthProbeLayer<()> {
     }
 
     /// Returns a layer for services of any types. Its probes send the request that this closure makes for every probe.
-    /// Every response passes and every error fails, unless [`classify_probe`](HealthProbeLayer::classify_probe) sets another rule.
+    /// Every response passes and every error fails, unless [`classify_probe`](HealthProbeLayer::classify_probe) sets
+    /// another rule.
     pub fn new<F, Req>(make: F) -> HealthProbeLayer<CallProbe<F>, PerResponse>
     where
         F: Fn() -> Req + Clone + Send + 'static,

@@ -161,8 +161,8 @@
 //!
 //! The [handle](HealthProbeHandle) changes the delays, the timeout, the thresholds, the immediate failure, passive mode
 //! and shadow mode of a running layer. The kind of the probe, its rules for the response, backpressure, the set of
-//! [`fail_open`](HealthProbeLayer::fail_open), the listeners and the checks are fixed: a setter after the layer has built
-//! a service returns a layer with state of its own.
+//! [`fail_open`](HealthProbeLayer::fail_open), the listeners and the checks are fixed: a setter after the layer has
+//! built a service returns a layer with state of its own.
 //!
 //! # Defaults
 //!

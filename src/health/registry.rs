@@ -135,7 +135,7 @@ impl Health {
 
     /// Applies a closure to the check with this name, under the lock.
     ///
-    /// The closure borrows the entry. A clone of its `Arc` would make the entry look as if its reporter were alive: see
+    /// The closure borrows the entry. A clone of its `Arc` would count as a reporter that is alive: see
     /// [`Registry::add_entry`].
     fn find<T>(&self, name: &str, read: impl FnOnce(&CheckEntry) -> T) -> Option<T> {
         self.0.checks.lock().iter().find(|entry| entry.name() == name).map(|entry| read(entry))
@@ -259,7 +259,7 @@ mod tests {
         assert_eq!((health.is_ready(), health.check("db")), (false, Some(CheckState::Fail)));
         let check = health.snapshot().remove(0);
         assert_eq!((check.state, check.healthy), (CheckState::Fail, Some(false)));
-        assert_eq!(check.reason.as_deref(), Some("gives no result any more"));
+        assert_eq!(check.reason.as_deref(), Some("its run is overdue"));
         // The run ends after all.
         entry.record(Ok(()), Some(7 * second));
         assert!(entry.schedule_next(5 * second, nanos(6 * second)), "watchers are notified");

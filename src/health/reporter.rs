@@ -75,8 +75,8 @@ impl Reporter {
     }
 
     /// Sets the state to failed, with a reason for responses that [include
-    /// reasons](super::endpoints::HealthService::with_reasons). The reason is stored without [secrets](crate#secrets), with a
-    /// maximum of 256 bytes.
+    /// reasons](super::endpoints::HealthService::with_reasons). The reason is stored without [secrets](crate#secrets),
+    /// with a maximum of 256 bytes.
     pub fn fail_because(&self, reason: impl Into<String>) {
         self.record(Err(reason.into()), None);
         self.publish(CheckState::Fail);

@@ -15,7 +15,8 @@ use super::{
 };
 use crate::{error::ConfigError, outcome::grpc, redact, sealed::Sealed};
 
-/// Calls `grpc.health.v1.Health/Check`. Made by [`HealthProbeLayer::grpc`](super::super::layer::HealthProbeLayer::grpc).
+/// Calls `grpc.health.v1.Health/Check`. Made by
+/// [`HealthProbeLayer::grpc`](super::super::layer::HealthProbeLayer::grpc).
 #[derive(Clone)]
 pub struct Grpc<F> {
     uri: Uri,

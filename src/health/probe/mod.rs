@@ -40,7 +40,8 @@ pub enum ProbeFailure {
     Error,
     /// The response body ended with an error, or a gRPC response had no status.
     Body,
-    /// The closure of [`classify_probe`](super::layer::HealthProbeLayer::classify_probe) returned `false`, or the body was not the expected one.
+    /// The closure of [`classify_probe`](super::layer::HealthProbeLayer::classify_probe) returned `false`, or the body
+    /// was not the expected one.
     Classified,
     /// The probe exceeded its timeout.
     TimedOut,
@@ -82,7 +83,7 @@ impl fmt::Display for ProbeFailure {
             Self::GrpcStatus(code) => write!(f, "gRPC status {code}"),
             Self::NotServing => f.write_str("not serving"),
             Self::Error => f.write_str("the service failed"),
-            Self::Body => f.write_str("the body broke off"),
+            Self::Body => f.write_str("the response body is incomplete"),
             Self::Classified => f.write_str("classified as unhealthy"),
             Self::TimedOut => f.write_str("timed out"),
             Self::Panicked => f.write_str("panicked"),
