@@ -10,7 +10,8 @@ use super::{
 };
 use crate::{error::ConfigError, health::Health, permit::ShardedArc};
 
-/// The lifecycle of a process: its [phase](LifecyclePhase), its readiness, and the drain that ends it without losing a call.
+/// The lifecycle of a process: its [phase](LifecyclePhase), its readiness, and the drain that ends it without losing a
+/// call.
 ///
 /// Clones share one lifecycle and its settings. See the [module](super).
 #[derive(Clone)]
@@ -33,13 +34,13 @@ impl Lifecycle {
     ///
     /// From this call on, the first `SIGTERM` or `SIGINT` (on Windows Ctrl-C or the close of the console) begins the
     /// [drain](Self::drain), also while the process is still starting, and no longer terminates the process. Each
-    /// further signal has the effect of [`skip_delay`](Self::skip_delay). A start that takes long should therefore also wait for
-    /// [`stopping`](Self::stopping).
+    /// further signal has the effect of [`skip_delay`](Self::skip_delay). A start that takes long should therefore also
+    /// wait for [`stopping`](Self::stopping).
     ///
     /// Adds a critical check with the name `lifecycle` to `health`. The check passes while the process is ready.
     ///
-    /// The lifecycle runs as a task on the current runtime, and changes to [`Stopped`](LifecyclePhase::Stopped) if that runtime
-    /// ends.
+    /// The lifecycle runs as a task on the current runtime, and changes to [`Stopped`](LifecyclePhase::Stopped) if that
+    /// runtime ends.
     ///
     /// tokio never restores the default action of a signal. If the last handle, layer and token of this lifecycle are
     /// dropped before the process ends, these signals have no effect any more.
@@ -132,9 +133,9 @@ impl Lifecycle {
     /// Sets the drain timeout, the maximum time in *stopping*: 20 s by default. Calls that are still in flight when it
     /// expires are cut.
     ///
-    /// The sum of this time and the [`drain_delay`](Self::drain_delay) should be less than the time after which the process is
-    /// killed: Kubernetes' `terminationGracePeriodSeconds`, 30 s by default. The [`grace`](Self::grace) is a part of
-    /// this time.
+    /// The sum of this time and the [`drain_delay`](Self::drain_delay) should be less than the time after which the
+    /// process is killed: Kubernetes' `terminationGracePeriodSeconds`, 30 s by default. The [`grace`](Self::grace) is a
+    /// part of this time.
     ///
     /// [`set_drain_timeout`](Self::set_drain_timeout) changes it while the process runs.
     #[must_use]
@@ -160,8 +161,8 @@ impl Lifecycle {
 
     // ===== Changes of the phase =====
 
-    /// Changes the phase from [`Starting`](LifecyclePhase::Starting) to [`Ready`](LifecyclePhase::Ready). Has no effect after the drain
-    /// has begun.
+    /// Changes the phase from [`Starting`](LifecyclePhase::Starting) to [`Ready`](LifecyclePhase::Ready). Has no effect
+    /// after the drain has begun.
     pub fn ready(&self) {
         self.0.advance_to(LifecycleStep::Ready);
     }

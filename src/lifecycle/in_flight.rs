@@ -1,7 +1,7 @@
 //! The number of calls in flight and the flag that stops their admission, in one atomic word.
 //!
-//! The word is `calls << 1 | closed`. [`acquire`](InFlightGate::acquire) adds a call and reads the flag by one atomic operation, so
-//! each `acquire` is ordered either before or after [`close`](InFlightGate::close):
+//! The word is `calls << 1 | closed`. [`acquire`](InFlightGate::acquire) adds a call and reads the flag by one atomic
+//! operation, so each `acquire` is ordered either before or after [`close`](InFlightGate::close):
 //!
 //! - before: the call is admitted, and every read of the count after `close` includes it until its release;
 //! - after: the call is not admitted. It is counted for the short time until its permit is dropped.
@@ -12,8 +12,9 @@
 //! separate counter and flag do not have this property: a call could read the flag as open, and increment the counter
 //! only after the drain has read it as zero.
 //!
-//! The drain reads this word and the phase, which is another atomic. All accesses are `SeqCst`, so that there is
-//! one order of all of them. `LifecycleState::advance_to` closes the gate before it publishes a phase in which calls are rejected.
+//! The drain reads this word and the phase, which is another atomic. All accesses are `SeqCst`, so that there is one
+//! order of all of them. `LifecycleState::advance_to` closes the gate before it publishes a phase in which calls are
+//! rejected.
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 

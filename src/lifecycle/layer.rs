@@ -30,11 +30,11 @@ use crate::{
 /// - Every request carries a [`Drain`] token in its extensions.
 /// - When the process is *stopping* and the grace is over, calls are rejected with 503 (gRPC `UNAVAILABLE`).
 /// - From the start of the drain, responses over HTTP/1 carry `Connection: close`, with two exceptions: a response that
-///   upgrades the connection, and a rejection whose request body is still [drained](crate::respond::Respond#uploads). The
-///   connection of such a rejection ends when the body ends.
+///   upgrades the connection, and a rejection whose request body is still [drained](crate::respond::Respond#uploads).
+///   The connection of such a rejection ends when the body ends.
 ///
-/// Made by [`Lifecycle::layer`](super::handle::Lifecycle::layer). `serve` adds it. It is the outermost layer, except for the
-/// health endpoints: they wrap it, so that they respond until the process ends.
+/// Made by [`Lifecycle::layer`](super::handle::Lifecycle::layer). `serve` adds it. It is the outermost layer, except
+/// for the health endpoints: they wrap it, so that they respond until the process ends.
 ///
 /// The token needs one allocation for each call, and two more if the request has no extensions yet.
 #[derive(Clone)]

@@ -57,9 +57,9 @@
 //! | stopping, after the grace | 503 | calls in flight are served to their end, new ones are rejected: 503, gRPC `UNAVAILABLE` | closed when idle |
 //! | stopped | – | cut, and counted | cut, and counted |
 //!
-//! The drain timeout is the setting [`drain_timeout`](Lifecycle::drain_timeout): the maximum time in *stopping*. A second signal,
-//! or [`skip_delay`](Lifecycle::skip_delay), ends the delay, and a third one ends *stopping*. A `preStop` hook that calls
-//! [`drain`](Lifecycle::drain) does not count as a signal.
+//! The drain timeout is the setting [`drain_timeout`](Lifecycle::drain_timeout): the maximum time in *stopping*. A
+//! second signal, or [`skip_delay`](Lifecycle::skip_delay), ends the delay, and a third one ends *stopping*. A
+//! `preStop` hook that calls [`drain`](Lifecycle::drain) does not count as a signal.
 //!
 //! The delay is needed because load balancers and kube-proxy continue to route calls to this process for some seconds
 //! after it has become unready. A process that closes its listener earlier loses these calls. `/livez` does not change.
@@ -93,7 +93,7 @@
 //! # In the stack
 //!
 //! The [layer](LifecycleLayer) is the outermost layer, except for the health endpoints: they wrap it, so that they
-//! respond until the process ends. `serve` adds the layer around the whole service, so after the grace it also rejects
+//! respond until the process ends. `serve` wraps the whole service in the layer, so after the grace it also rejects
 //! calls of the health endpoints.
 //!
 //! # Streams

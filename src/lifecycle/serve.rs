@@ -40,8 +40,8 @@ impl Lifecycle {
     /// The service is an axum `Router`, or any other service of hyper's requests. `serve` wraps it in the
     /// [`layer`](Self::layer) of this lifecycle. It does not report the process as [ready](Self::ready).
     ///
-    /// The [module](super#no-call-is-lost) describes the end of the connections. Calls and connections that
-    /// remain when the drain timeout ([`drain_timeout`](Self::drain_timeout)) expires are cut and counted. A connection that was
+    /// The [module](super#no-call-is-lost) describes the end of the connections. Calls and connections that remain when
+    /// the drain timeout ([`drain_timeout`](Self::drain_timeout)) expires are cut and counted. A connection that was
     /// upgraded (a WebSocket) belongs to its handler: `serve` waits for it if the handler holds a
     /// [guard](super::token::Drain::guard).
     ///

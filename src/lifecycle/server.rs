@@ -33,9 +33,9 @@ use crate::error::{BoxError, ConfigError};
 /// | [`configure`](Self::configure) | – | hyper's other settings |
 ///
 /// A call has no time limit here: see [`TimeoutLayer`](crate::timeout::TimeoutLayer) and
-/// [`DeadlineLayer`](crate::deadline::DeadlineLayer). The limits do not end a stream whose handler is silent, such as server-sent
-/// events, or an upgraded connection whose client reads. The handler of an upgraded connection (a WebSocket) has to
-/// limit its reads itself.
+/// [`DeadlineLayer`](crate::deadline::DeadlineLayer). The limits do not end a stream whose handler is silent, such as
+/// server-sent events, or an upgraded connection whose client reads. The handler of an upgraded connection (a
+/// WebSocket) has to limit its reads itself.
 ///
 /// ```no_run
 /// # async fn start(app: axum::Router) -> Result<(), Box<dyn std::error::Error>> {
@@ -241,7 +241,7 @@ impl Server {
         {
             if cfg!(any(target_os = "linux", target_os = "android")) && write > user {
                 let remedy = format!(
-                    "the tcp_user_timeout ({user:?}) ends the connection before: set tcp_user_timeout to {write:?} or more"
+                    "the tcp_user_timeout ({user:?}) ends the connection first: set it to {write:?} or more"
                 );
                 self.fail(ConfigError::new("write_timeout", write, remedy));
             }

@@ -33,11 +33,11 @@ pub enum LifecyclePhase {
     Starting,
     /// Ready.
     Ready,
-    /// No longer ready. Calls are served for the [delay](super::handle::Lifecycle::drain_delay), in which routers stop routing calls
-    /// to this process.
+    /// No longer ready. Calls are served for the [delay](super::handle::Lifecycle::drain_delay), in which routers stop
+    /// routing calls to this process.
     Draining,
-    /// New connections are not accepted, and the [tokens](super::token::Drain) of streams resolve. Calls that arrive are
-    /// served for the [grace](super::handle::Lifecycle::grace), and rejected after it.
+    /// New connections are not accepted, and the [tokens](super::token::Drain) of streams resolve. Calls that arrive
+    /// are served for the [grace](super::handle::Lifecycle::grace), and rejected after it.
     Stopping,
     /// The drain timeout has expired. The remaining calls and connections are cut.
     Stopped,
@@ -271,8 +271,8 @@ impl LifecycleState {
 
 /// Waits for the start of the drain, then advances to each further step when the time of the current step is over.
 ///
-/// The step can advance earlier, for example by [`LifecycleState::skip_delay`]. Then the next step begins its time at once. The
-/// future ends when the state is dropped.
+/// The step can advance earlier, for example by [`LifecycleState::skip_delay`]. Then the next step begins its time at
+/// once. The future ends when the state is dropped.
 pub(super) async fn drive(state: Weak<LifecycleState>, mut step: watch::Receiver<LifecycleStep>) {
     // `wait_for` fails when the state, which owns the sender, is dropped.
     if step.wait_for(|now| *now >= LifecycleStep::Draining).await.is_err() {

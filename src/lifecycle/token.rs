@@ -8,7 +8,8 @@ use crate::permit::{Permit, ShardedRef};
 /// A token that notifies a call of the drain, for streams and other work that does not end by itself.
 ///
 /// A [`LifecycleLayer`](super::layer::LifecycleLayer) inserts a token into the extensions of every request. axum's
-/// `Extension<Drain>` extracts it. [`Lifecycle::token`](super::handle::Lifecycle::token) returns a token for other work.
+/// `Extension<Drain>` extracts it. [`Lifecycle::token`](super::handle::Lifecycle::token) returns a token for other
+/// work.
 #[derive(Clone)]
 pub struct Drain(ShardedRef<LifecycleState>);
 
@@ -29,8 +30,8 @@ impl Drain {
         self.0.phase() >= LifecyclePhase::Stopping
     }
 
-    /// Returns a future that resolves when the phase is [`Stopping`](LifecyclePhase::Stopping) or later, at once if it already
-    /// is.
+    /// Returns a future that resolves when the phase is [`Stopping`](LifecyclePhase::Stopping) or later, at once if it
+    /// already is.
     ///
     /// A stream ends at this time by `futures::StreamExt::take_until`.
     pub fn stopping(&self) -> impl Future<Output = ()> + Send + use<> {

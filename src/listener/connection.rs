@@ -19,8 +19,8 @@ pin_project! {
     /// A connection that occupies a slot of its listener until it is dropped.
     ///
     /// Before the first request head is complete, a read fails with [`TimedOut`](io::ErrorKind::TimedOut) after the
-    /// [time limit](super::limited::LimitedListener::head_timeout) of the listener, or if the listener is full and reclaims the
-    /// slot.
+    /// [time limit](super::limited::LimitedListener::head_timeout) of the listener, or if the listener is full and
+    /// reclaims the slot.
     #[derive(Debug)]
     pub struct Connection<Io = TcpStream> {
         #[pin]

@@ -1,5 +1,5 @@
-//! A listener that limits its connections, for [`Lifecycle::serve`](crate::lifecycle::Lifecycle::serve), axum, tonic's router and
-//! bare hyper.
+//! A listener that limits its connections, for [`Lifecycle::serve`](crate::lifecycle::Lifecycle::serve), axum, tonic's
+//! router and bare hyper.
 //!
 //! A limit on calls does not bound idle connections, each of which uses a file descriptor and buffers.
 //!
