@@ -7,7 +7,7 @@ pub struct SettingAlias {
     pub(super) to: Target,
 }
 
-/// What replaces an [`SettingAlias`].
+/// The replacement of a [`SettingAlias`].
 #[derive(Debug)]
 pub(super) enum Target {
     /// Each of these settings gets the value.

@@ -359,7 +359,7 @@ fn response_total_exceeds_total(timeout: &TimeoutConfig) -> Option<ConfigError> 
     conflict("timeout_response_total", show(response), remedy)
 }
 
-/// Rejects settings of the minimum body rate where there is none.
+/// Rejects settings of the minimum body rate if no minimum body rate is set.
 fn body_rate_settings_without_rate(timeout: &TimeoutConfig) -> Vec<ConfigError> {
     let default = TimeoutConfig::default();
     let grace = timeout.body_grace != default.body_grace;

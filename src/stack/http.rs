@@ -168,7 +168,7 @@ where
         *request.uri_mut() = uri;
         let probe = async {
             let (head, body) = self.request(request).await?.into_parts();
-            // So that the connection can be reused.
+            // The body is drained, so that the connection can be reused.
             drain_response(body).await;
             Ok::<_, ClientError>(Response::from_parts(head, ()))
         };

@@ -46,9 +46,9 @@ use crate::{
 /// The call of a client that stops sending or reading releases its permit. A request body below `timeout_min_body_rate`
 /// (240 bytes per second after `timeout_body_grace`, 5 s) is ended. A response that its client does not read for
 /// `limit_max_unread` (60 s, or a quarter more) releases its permit. If the client reads on, the response fails; under
-/// `axum::serve` its connection remains. Both are off if the configuration is loaded with `streaming = true`, unless
-/// they are set. Event streams and WebSockets that the client reads stay open in any case. The minimum rate applies
-/// only to bodies of axum (feature `axum`) and of tonic (feature `tonic`).
+/// `axum::serve` its connection remains. Both limits are off if the configuration is loaded with `streaming = true`,
+/// unless they are set. Event streams and WebSockets that the client reads stay open in any case. The minimum rate
+/// applies only to bodies of axum (feature `axum`) and of tonic (feature `tonic`).
 ///
 /// gRPC requests over HTTP/2 are exempt from the minimum rate, because their streams may pause, and any client can
 /// send their content type. A server without a gRPC service should set `timeout_min_body_rate_for_grpc`; any other can
