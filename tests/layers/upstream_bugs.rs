@@ -214,7 +214,7 @@ async fn an_open_circuit_refuses_many_callers_on_few_cores_at_once() {
 
 /// No wake-up is lost if the circuit opens at any moment while callers start to wait for a hung service.
 #[tokio::test(flavor = "multi_thread", worker_threads = 16)]
-async fn a_circuit_that_opens_wakes_all_who_wait_for_a_hung_service() {
+async fn a_circuit_that_opens_wakes_all_callers_that_wait_for_a_hung_service() {
     for _ in 0..100 {
         let layer = CircuitBreakerLayer::http();
         let (inner, watch) = Strict::holding();

@@ -13,7 +13,7 @@ use super::fixtures::*;
 use crate::support::{Watch, empty, request};
 
 #[tokio::test(start_paused = true)]
-async fn it_is_not_ready_while_it_is_open_and_woken_when_the_wait_is_over() {
+async fn service_is_not_ready_while_the_circuit_is_open_and_is_woken_at_half_open() {
     let rig = Rig::new(touchy().backpressure());
     rig.fail().await;
     let polls = rig.watch.seen().polls;
@@ -28,7 +28,7 @@ async fn it_is_not_ready_while_it_is_open_and_woken_when_the_wait_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_is_woken_by_reset_and_by_the_end_of_an_isolation() {
+async fn waiting_caller_is_woken_by_reset_and_by_the_end_of_an_isolation() {
     let rig = Rig::new(touchy().backpressure());
     let mut held_back = Spawn::new(rig.service.clone());
     let isolation = rig.handle.isolate();
@@ -45,7 +45,7 @@ async fn it_is_woken_by_reset_and_by_the_end_of_an_isolation() {
 
 /// When all probe slots are in use, the next caller waits until a slot is released.
 #[tokio::test(start_paused = true)]
-async fn a_half_open_one_is_ready_for_its_probes_only() {
+async fn a_half_open_circuit_is_ready_for_its_probes_only() {
     let rig = Rig::half_open(touchy().backpressure()).await;
     let mut next = Spawn::new(rig.service.clone());
     assert_ready_ok!(next.poll_ready::<Request<()>>());
@@ -63,7 +63,7 @@ async fn a_half_open_one_is_ready_for_its_probes_only() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_buffer_over_it_lives_on() {
+async fn a_buffer_over_an_open_circuit_stays_usable() {
     let rig = Rig::new(touchy().backpressure());
     rig.fail().await;
     let buffer = Buffer::new(rig.service.clone(), 4);
@@ -83,7 +83,7 @@ async fn a_buffer_over_it_lives_on() {
 /// Many calls in flight over p2c: once one of them has failed, later calls go to the other endpoint, and no call is
 /// rejected.
 #[tokio::test(start_paused = true)]
-async fn a_balancer_goes_elsewhere_and_comes_back_for_a_probe() {
+async fn a_balancer_selects_another_endpoint_and_returns_for_a_probe() {
     let endpoint = || {
         let (inner, watch) = Strict::holding();
         let layer = touchy().backpressure();
@@ -136,7 +136,7 @@ async fn a_balancer_goes_elsewhere_and_comes_back_for_a_probe() {
 /// The circuit opens after `poll_ready` has returned `Ready`: the next poll is pending, and the reservation of the
 /// inner service is released.
 #[tokio::test(start_paused = true)]
-async fn a_balancer_that_asks_again_is_told_that_it_opened() {
+async fn a_second_poll_is_pending_after_the_circuit_has_opened() {
     let rig = Rig::new(touchy().backpressure());
     let mut ready = Spawn::new(rig.service.clone());
     assert_ready_ok!(ready.poll_ready::<Request<()>>());
@@ -149,7 +149,7 @@ async fn a_balancer_that_asks_again_is_told_that_it_opened() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_is_held_back_by_a_hung_probe_is_woken_at_the_end_of_its_lease_and_of_the_next_wait() {
+async fn waiting_caller_is_woken_at_the_probe_timeout_and_at_the_end_of_the_open_time() {
     let rig = Rig::half_open(touchy().backpressure().probe_timeout(secs(7))).await;
     let (_probe, _) = rig.hold();
     let mut held_back = Spawn::new(rig.service.clone());
@@ -164,7 +164,7 @@ async fn who_is_held_back_by_a_hung_probe_is_woken_at_the_end_of_its_lease_and_o
 
 /// The waker was registered for the end of an open state of 30 s. The open state that follows a reset ends sooner.
 #[tokio::test(start_paused = true)]
-async fn who_is_held_back_is_woken_when_a_shorter_wait_took_the_place_of_its_own() {
+async fn waiting_caller_is_woken_at_the_end_of_a_shorter_open_time() {
     let rig = Rig::new(touchy().backpressure());
     rig.fail().await;
     let mut held_back = Spawn::new(rig.service.clone());
@@ -179,7 +179,7 @@ async fn who_is_held_back_is_woken_when_a_shorter_wait_took_the_place_of_its_own
 }
 
 #[tokio::test(start_paused = true)]
-async fn shadow_mode_wakes_who_is_held_back() {
+async fn shadow_mode_wakes_waiting_callers() {
     let rig = Rig::new(touchy().backpressure());
     rig.fail().await;
     let mut held_back = Spawn::new(rig.service.clone());
@@ -194,7 +194,7 @@ async fn shadow_mode_wakes_who_is_held_back() {
 /// A rejection arrives at once, so a balancer would take an endpoint that rejects for the least loaded one. During the
 /// ramp the layer therefore rejects no call: `poll_ready` is pending for a part of each second, and this part shrinks.
 #[tokio::test(start_paused = true)]
-async fn on_a_ramp_it_is_ready_for_a_growing_share_of_the_time_and_refuses_nobody() {
+async fn ready_share_of_the_time_grows_on_a_ramp_and_no_call_is_rejected() {
     let rig = Rig::half_open(touchy().ramp(secs(100)).backpressure()).await;
     rig.ok().await;
     let mut service = Spawn::new(rig.service.clone());
@@ -223,7 +223,7 @@ async fn on_a_ramp_it_is_ready_for_a_growing_share_of_the_time_and_refuses_nobod
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_is_held_back_on_a_ramp_is_woken_for_the_next_turn() {
+async fn waiting_caller_is_woken_in_the_next_second_of_a_ramp() {
     let rig = Rig::half_open(touchy().ramp(secs(100)).backpressure()).await;
     rig.ok().await;
     let mut held_back = Spawn::new(rig.service.clone());

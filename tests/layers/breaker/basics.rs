@@ -83,7 +83,7 @@ async fn waiting_caller_woken_on_open() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn unread_good_body_is_a_success() {
+async fn unread_body_of_a_regular_response_is_no_failure() {
     let stuck = || Response::new(ScriptBody::new([Piece::data("a"), Piece::Stuck]));
     let (service, watch, handle) = half_open(breaker(1)).await;
     watch.script([Then::Answer(stuck())]);
@@ -100,7 +100,7 @@ async fn unread_good_body_is_a_success() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn bad_config_is_a_typed_error() {
+async fn invalid_setting_is_a_typed_error() {
     let new = CircuitBreakerLayer::new;
     let ratio = Trip::failure_ratio;
     let good = || new(Trip::default());
@@ -311,7 +311,7 @@ async fn throttled_and_cancelled_calls_neither_count_nor_end_a_run_of_failures()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bad_head_ends_the_call_before_its_body() {
+async fn a_failed_head_ends_the_call_before_its_body() {
     let (service, watch, handle) = closed(breaker(1));
     let mut bad = hello();
     *bad.status_mut() = http::StatusCode::BAD_GATEWAY;
@@ -322,7 +322,7 @@ async fn a_bad_head_ends_the_call_before_its_body() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_that_breaks_off_is_a_failure() {
+async fn a_body_error_is_a_failure() {
     let (service, watch, handle) = closed(breaker(1));
     let broken = || Response::new(ScriptBody::new([Piece::data("a"), Piece::Error]));
     call(&service, &watch, Then::Answer(broken())).await.unwrap_err();
@@ -369,7 +369,7 @@ async fn grpc_status_in_the_head_or_in_the_trailers() {
 
 /// gRPC-Web carries its trailers in the body, so a missing status in the trailers is not a failure.
 #[tokio::test(start_paused = true)]
-async fn grpc_web_is_told_by_its_head_only() {
+async fn grpc_web_is_classified_by_its_head_only() {
     for (in_head, state) in [(None, CircuitState::Closed), (Some("14"), CircuitState::Open)] {
         let (service, watch, handle) = closed(breaker(1));
         let mut response = hello();
@@ -384,7 +384,7 @@ async fn grpc_web_is_told_by_its_head_only() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_classifier_of_the_users_decides() {
+async fn a_classifier_of_the_user_determines_the_outcome() {
     let layer = breaker(1).classify(|result: Result<&u8, &Oops>| match result {
         Ok(0) => Outcome::failure(),
         _ => Outcome::success(),
@@ -411,7 +411,7 @@ async fn a_classifier_of_the_users_decides() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_by_an_inner_limit_is_not_a_failure() {
+async fn a_rejection_by_an_inner_limit_is_not_a_failure() {
     // A rejection as an error.
     let (outer, limit) = (breaker(1), ConcurrencyLimitLayer::new(1));
     let (inner, _watch) = Strict::holding();
@@ -516,7 +516,7 @@ async fn a_ratio_forgets_what_has_left_its_window() {
 // ===== Half-open =====
 
 #[tokio::test(start_paused = true)]
-async fn the_end_of_the_wait_is_part_of_half_open() {
+async fn the_end_of_the_open_time_is_part_of_half_open() {
     let (service, watch, handle) = closed(breaker(1));
     fail(&service, &watch).await;
     advance(WAIT - Duration::from_nanos(1)).await;
@@ -549,7 +549,7 @@ async fn half_open_lets_exactly_n_probes_through() {
 
 /// One of two probes has passed and the other one is in flight, so no probe slot is left.
 #[tokio::test(start_paused = true)]
-async fn refusing_never_polls_inner_between_probes() {
+async fn rejection_never_polls_inner_between_probes() {
     let (service, watch, _handle) = half_open(breaker(1).half_open(2)).await;
     let _under_way = hold(&service);
     succeed(&service, &watch).await;
@@ -576,7 +576,7 @@ async fn a_failed_or_throttled_probe_opens_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_cancelled_probe_does_not_wedge_the_circuit() {
+async fn a_cancelled_probe_releases_its_slot() {
     let (service, watch, handle) = half_open(breaker(1)).await;
     for _ in 0..100 {
         let probe = hold(&service);
@@ -605,7 +605,7 @@ async fn a_probe_waits_for_its_inner_service() {
 
 /// A caller waits for a hung service in half-open. When the last probe slot is taken, it is rejected like a later call.
 #[tokio::test(start_paused = true)]
-async fn waiting_caller_woken_when_the_last_probe_goes() {
+async fn waiting_caller_woken_when_the_last_slot_is_taken() {
     for probes in [1, 2, 3] {
         let (service, watch, _handle) = half_open(breaker(1).half_open(probes)).await;
         watch.set_ready(false);
@@ -701,7 +701,7 @@ async fn closing_starts_the_count_anew() {
 // ===== The handle =====
 
 #[tokio::test(start_paused = true)]
-async fn held_open_held_closed_and_reset() {
+async fn circuit_can_be_forced_open_forced_closed_and_reset() {
     let (service, watch, handle) = closed(breaker(1));
     handle.force_open();
     let error = service.clone().oneshot(request()).await.unwrap_err();
@@ -730,7 +730,7 @@ async fn held_open_held_closed_and_reset() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn changed_tells_of_calls_and_of_time() {
+async fn changed_reports_changes_by_calls_and_by_time() {
     let (service, watch, handle) = closed(breaker(1));
     let mut changed = task::spawn(handle.changed());
     assert_pending!(changed.poll());

@@ -12,7 +12,7 @@ use crate::support::{empty, refused_as, request};
 // ===== Isolation =====
 
 #[tokio::test(start_paused = true)]
-async fn isolation_wakes_who_waits_for_a_hung_service() {
+async fn isolation_wakes_callers_that_wait_for_a_hung_service() {
     let rig = Rig::new(touchy());
     rig.watch.set_ready(false);
     let mut early = task::spawn(rig.service.clone().call(request()));
@@ -23,7 +23,7 @@ async fn isolation_wakes_who_waits_for_a_hung_service() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_isolation_is_not_restored_for_ever() {
+async fn an_isolation_is_not_restored_but_a_forced_state_is() {
     let from = Rig::new(touchy());
     let isolation = from.handle.isolate();
     let taken = from.handle.snapshot();
@@ -42,7 +42,7 @@ async fn an_isolation_is_not_restored_for_ever() {
 
 /// A probe hangs and no further call is made: the probe times out, and the open time after it ends as well.
 #[tokio::test(start_paused = true)]
-async fn a_lease_ends_without_traffic() {
+async fn a_probe_times_out_without_traffic() {
     let rig = Rig::half_open(touchy().probe_timeout(secs(7))).await;
     let (_probe, _) = rig.hold();
     let mut changed = task::spawn(rig.handle.changed());
@@ -60,7 +60,7 @@ async fn a_lease_ends_without_traffic() {
 
 /// A probe timeout that is observed late takes effect at the time at which it expired.
 #[tokio::test(start_paused = true)]
-async fn the_wait_after_a_lease_begins_at_its_end() {
+async fn the_open_time_begins_at_the_probe_timeout() {
     let rig = Rig::half_open(touchy().probe_timeout(secs(7))).await;
     let (_probe, _) = rig.hold();
     advance(secs(17)).await;
@@ -74,7 +74,7 @@ async fn the_wait_after_a_lease_begins_at_its_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_probe_that_ends_after_its_lease_is_too_late() {
+async fn a_probe_that_ends_after_its_timeout_is_ignored() {
     let rig = Rig::half_open(touchy().probe_timeout(secs(7))).await;
     let (mut probe, number) = rig.hold();
     advance(secs(8)).await;
@@ -85,7 +85,7 @@ async fn a_probe_that_ends_after_its_lease_is_too_late() {
 
 /// One hung probe of three is one failure, and one success is enough to close the circuit.
 #[tokio::test(start_paused = true)]
-async fn a_lease_that_ends_is_one_failed_probe() {
+async fn a_probe_timeout_is_one_failed_probe() {
     let rig = Rig::half_open(touchy().half_open_of(1, 3).probe_timeout(secs(7))).await;
     let (_probe, _) = rig.hold();
     advance(secs(7)).await;
@@ -97,7 +97,7 @@ async fn a_lease_that_ends_is_one_failed_probe() {
 /// A hung probe responds after so many other probes that a 16-bit probe number has wrapped around. The response
 /// must not end another probe.
 #[tokio::test(start_paused = true)]
-async fn a_late_probe_is_taken_for_no_other_however_many_there_were() {
+async fn a_late_probe_does_not_end_another_probe_when_numbers_wrap() {
     let rig = Rig::half_open(touchy().half_open_of(1, 2).probe_timeout(secs(7))).await;
     let (mut late, number) = rig.hold();
     advance(secs(7)).await;
@@ -112,7 +112,7 @@ async fn a_late_probe_is_taken_for_no_other_however_many_there_were() {
 
 /// Of two probes that wait for their inner service, one times out. The other one keeps its slot.
 #[tokio::test(start_paused = true)]
-async fn a_probe_that_waits_has_its_own_slot_and_no_other() {
+async fn a_probe_that_times_out_releases_only_its_own_slot() {
     let rig = Rig::half_open(touchy().half_open_of(1, 3).probe_timeout(secs(7))).await;
     rig.watch.set_ready(false);
     let mut first = task::spawn(rig.service.clone().call(request()));
@@ -131,7 +131,7 @@ async fn a_probe_that_waits_has_its_own_slot_and_no_other() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_head_is_no_good_head_at_the_end_of_a_lease() {
+async fn a_slow_head_fails_the_probe_at_its_timeout() {
     let trip = Trip::any([Trip::consecutive(1), Trip::slow_ratio(0.5, secs(1))]);
     let layer = CircuitBreakerLayer::new(trip).open_for(WAIT).probe_timeout(secs(7));
     let rig = Rig::half_open(layer).await;
@@ -156,7 +156,7 @@ async fn a_call_at_the_first_instant_is_measured() {
 
 /// Three of five probes have failed. A change to two probes decides at once, because more than two have ended.
 #[tokio::test(start_paused = true)]
-async fn fewer_probes_than_have_been_do_not_wedge() {
+async fn a_lower_number_of_probes_than_have_ended_decides_at_once() {
     let rig = Rig::half_open(touchy().half_open_of(1, 5)).await;
     for _ in 0..3 {
         rig.fail().await;
@@ -171,7 +171,7 @@ async fn fewer_probes_than_have_been_do_not_wedge() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_cancelled_call_is_slow_only_to_the_rules_that_it_outlasted() {
+async fn a_cancelled_call_is_slow_only_for_rules_whose_time_it_exceeded() {
     let trip = Trip::any([
         Trip::slow_ratio(1.0, secs(1)).over(10).min_calls(10),
         Trip::slow_ratio(1.0, secs(5)).over(2).min_calls(2),
@@ -190,7 +190,7 @@ async fn a_cancelled_call_is_slow_only_to_the_rules_that_it_outlasted() {
 
 /// Each window restores its own counts, although the windows differ in length.
 #[tokio::test(start_paused = true)]
-async fn each_window_is_restored_for_itself() {
+async fn each_window_restores_its_own_counts() {
     let layer = || {
         let trip = Trip::any([
             Trip::failure_ratio(0.9).over(4),
@@ -214,7 +214,7 @@ async fn each_window_is_restored_for_itself() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_restored_circuit_backs_off_from_where_it_was() {
+async fn a_restored_circuit_continues_its_backoff() {
     let layer = || touchy().open_for(OpenDuration::backoff(secs(1), secs(60)).jitter(0.0));
     let from = Rig::new(layer());
     from.fail().await;
@@ -245,7 +245,7 @@ async fn ask(service: &Keyed, watch: &Watch, host: &str, then: Then) -> bool {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_key_takes_all_settings_along() {
+async fn a_circuit_of_a_key_has_all_settings_of_the_layer() {
     let layer = touchy().shadow().per_origin();
     let (inner, watch) = Strict::holding();
     let service = layer.layer(inner);
@@ -269,7 +269,7 @@ async fn a_key_takes_all_settings_along() {
 
 /// A closed circuit without counts is not like new while it remembers its trips or ramps up.
 #[tokio::test(start_paused = true)]
-async fn a_circuit_that_remembers_its_trips_is_not_evicted() {
+async fn a_circuit_that_counts_its_trips_is_not_evicted() {
     for layer in [
         touchy().open_for(OpenDuration::backoff(WAIT, secs(600)).reset_after(secs(60))),
         touchy().ramp(secs(60)),
@@ -305,7 +305,7 @@ async fn a_circuit_with_settings_of_its_own_is_not_evicted() {
 
 /// The circuit of the key opens while the caller waits for a hung service, so the caller is woken and rejected.
 #[tokio::test(start_paused = true)]
-async fn who_waits_for_a_hung_service_is_woken_by_the_circuit_of_its_key() {
+async fn caller_that_waits_for_a_hung_service_is_woken_by_the_circuit_of_its_key() {
     let layer = touchy().per_origin();
     let (inner, watch) = Strict::holding();
     let service = layer.layer(inner);
@@ -323,7 +323,7 @@ async fn who_waits_for_a_hung_service_is_woken_by_the_circuit_of_its_key() {
 // ===== Callers that wait for the decision =====
 
 #[tokio::test(start_paused = true)]
-async fn who_waits_for_a_verdict_is_told_when_the_lease_of_the_probe_ends() {
+async fn caller_that_waits_for_a_probe_is_rejected_at_the_probe_timeout() {
     let layer = touchy().half_open_queue(1, secs(60)).probe_timeout(secs(7));
     let rig = Rig::half_open(layer).await;
     let (_probe, _) = rig.hold();

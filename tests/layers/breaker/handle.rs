@@ -10,7 +10,7 @@ use crate::support::empty;
 // ===== Isolation =====
 
 #[tokio::test(start_paused = true)]
-async fn isolations_are_counted_and_what_is_underneath_goes_on() {
+async fn calls_are_recorded_during_isolations() {
     let rig = Rig::new(touchy());
     let (mut call, number) = rig.hold();
     let one = rig.handle.isolate();
@@ -35,7 +35,7 @@ async fn isolations_are_counted_and_what_is_underneath_goes_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn changed_tells_of_isolations() {
+async fn changed_reports_isolations() {
     let rig = Rig::new(touchy());
     let mut changed = task::spawn(rig.handle.changed());
     assert_pending!(changed.poll());
@@ -51,7 +51,7 @@ async fn changed_tells_of_isolations() {
 // ===== Shadow mode =====
 
 #[tokio::test(start_paused = true)]
-async fn shadow_mode_refuses_nobody_and_counts_whom_it_would_have() {
+async fn shadow_mode_rejects_no_call_and_counts_the_calls_that_it_would_reject() {
     let rig = Rig::new(touchy().shadow());
     rig.fail().await;
     assert_eq!(rig.state(), CircuitState::Open);
@@ -80,7 +80,7 @@ async fn shadow_mode_refuses_nobody_and_counts_whom_it_would_have() {
 // ===== Changed settings =====
 
 #[tokio::test(start_paused = true)]
-async fn new_thresholds_keep_what_was_counted() {
+async fn new_thresholds_do_not_reset_the_counts() {
     let trip = |failures, ratio, calls| {
         Trip::any([
             Trip::consecutive(failures),
@@ -116,7 +116,7 @@ async fn new_thresholds_keep_what_was_counted() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn another_circuit_takes_up_where_one_left_off() {
+async fn restored_circuit_continues_from_the_snapshot() {
     let from = Rig::new(touchy());
     from.fail().await;
     advance(secs(10)).await;
@@ -146,7 +146,7 @@ async fn another_circuit_takes_up_where_one_left_off() {
 // ===== Outcomes of health probes =====
 
 #[tokio::test(start_paused = true)]
-async fn only_outcomes_from_outside_decide_where_it_was_said_so() {
+async fn only_recorded_outcomes_decide_with_external_probes() {
     let rig = Rig::half_open(touchy().half_open_of(2, 3).external_probes()).await;
     for _ in 0..3 {
         assert_eq!(rig.refused().await, RejectedKind::Probing);
@@ -176,7 +176,7 @@ async fn only_outcomes_from_outside_decide_where_it_was_said_so() {
 
 /// In half-open no caller gets a probe slot, and a rejected call does not touch the inner service.
 #[tokio::test(start_paused = true)]
-async fn probes_from_outside_leave_the_service_alone() {
+async fn external_probes_do_not_call_the_service() {
     let rig = Rig::half_open(touchy().external_probes()).await;
     let before = rig.watch.seen();
     assert_eq!(rig.refused().await, RejectedKind::Probing);
@@ -195,7 +195,7 @@ async fn share(rig: &Rig, calls: usize) -> usize {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_share_that_goes_grows_from_a_tenth_to_all() {
+async fn the_admitted_share_grows_from_a_tenth_to_all() {
     let rig = Rig::half_open(touchy().ramp(secs(60))).await;
     rig.ok().await;
     assert_eq!(rig.state(), CircuitState::Closed);

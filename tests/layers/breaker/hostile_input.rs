@@ -21,7 +21,7 @@ use crate::support::{empty, request};
 
 /// A rule that panics does not trip the circuit. Its panic neither fails the call nor aborts a caller that unwinds.
 #[tokio::test(start_paused = true)]
-async fn a_rule_that_panics_harms_nobody() {
+async fn a_rule_that_panics_does_not_trip_or_fail_a_call() {
     let trip = Trip::any([Trip::when(|_| panic!("a rule")), Trip::consecutive(4)]);
     let rig = Rig::new(CircuitBreakerLayer::new(trip).open_for(WAIT));
     rig.fail().await;
@@ -41,7 +41,7 @@ async fn a_rule_that_panics_harms_nobody() {
 
 /// A probe whose classifier panics has no outcome: it releases its slot.
 #[tokio::test(start_paused = true)]
-async fn a_classifier_that_panics_costs_no_slot() {
+async fn a_classifier_that_panics_releases_its_slot() {
     let layer = touchy().classify(|result: Result<&u8, &Oops>| match result {
         Ok(0) => panic!("a classifier"),
         Ok(_) => Outcome::success(),
@@ -62,7 +62,7 @@ async fn a_classifier_that_panics_costs_no_slot() {
 /// The classifier of a call panics in its `Clone`, when the inner service is ready or not. The call was never made, so
 /// the panic is not a failure.
 #[tokio::test(start_paused = true)]
-async fn a_classifier_that_panics_as_it_is_made_is_no_failure() {
+async fn a_classifier_that_panics_in_its_clone_is_no_failure() {
     struct Touchy(Arc<AtomicBool>);
     impl Clone for Touchy {
         fn clone(&self) -> Self {
@@ -107,7 +107,7 @@ async fn a_classifier_that_panics_as_it_is_made_is_no_failure() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_key_that_panics_harms_no_other() {
+async fn a_key_that_panics_does_not_affect_other_keys() {
     let layer = touchy().keyed(|request: &Request<()>| match request.uri().path() {
         "/panic" => panic!("a key"),
         path => path.to_owned(),
@@ -125,7 +125,7 @@ async fn a_key_that_panics_harms_no_other() {
 // ===== Extremes =====
 
 #[tokio::test(start_paused = true)]
-async fn the_largest_settings_are_no_trouble() {
+async fn the_largest_settings_cause_no_panic() {
     use std::time::Duration;
     const MOST: Duration = Duration::MAX;
     let trip = Trip::any([
@@ -167,7 +167,7 @@ async fn the_largest_settings_are_no_trouble() {
 
 /// An open circuit rejects at once, for any number of calls and whatever the time for which the service is not ready.
 #[tokio::test(start_paused = true)]
-async fn an_open_circuit_over_a_service_that_is_never_ready_answers_at_once() {
+async fn an_open_circuit_over_a_service_that_is_never_ready_rejects_at_once() {
     for layer in [touchy(), touchy().half_open_queue(10, secs(5))] {
         let rig = Rig::new(layer);
         rig.fail().await;
@@ -193,7 +193,7 @@ async fn an_open_circuit_over_a_service_that_is_never_ready_answers_at_once() {
 
 /// A snapshot of any state under any rules is restored under any other rules, and the circuit works as usual.
 #[tokio::test(start_paused = true)]
-async fn a_snapshot_of_other_rules_does_no_harm() {
+async fn a_snapshot_of_any_rules_can_be_restored_under_any_other_rules() {
     let trips = || {
         [
             Trip::consecutive(u32::MAX),
@@ -251,7 +251,7 @@ async fn a_snapshot_of_other_rules_does_no_harm() {
 // ===== Handles =====
 
 #[tokio::test(start_paused = true)]
-async fn guards_and_futures_outlive_all_that_made_them() {
+async fn guards_and_futures_can_outlive_layer_and_service() {
     let Rig { layer, service, watch, handle } = Rig::new(touchy());
     let isolation = handle.isolate();
     let mut changed = task::spawn(handle.changed());
@@ -264,7 +264,7 @@ async fn guards_and_futures_outlive_all_that_made_them() {
 
 /// `changed` reports changes from its call on, not from the first poll on.
 #[tokio::test(start_paused = true)]
-async fn changed_is_since_it_was_called() {
+async fn changed_reports_changes_since_its_call() {
     let rig = Rig::new(touchy());
     let mut changed = task::spawn(rig.handle.changed());
     rig.handle.force_open();
@@ -378,7 +378,7 @@ async fn circuits_of_keys_are_named() {
 
 /// One slot, thousands of waiting callers, and each probe is cancelled: each time exactly one caller gets the slot.
 #[tokio::test(start_paused = true)]
-async fn a_slot_that_comes_back_goes_to_one_of_thousands() {
+async fn a_released_slot_is_acquired_by_one_of_thousands_of_callers() {
     let rig = Rig::half_open(touchy().half_open_queue(2000, secs(60))).await;
     let (mut probe, first) = rig.hold();
     let mut waiting: Vec<_> = (0..2000).map(|_| rig.ask()).collect();

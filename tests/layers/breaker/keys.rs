@@ -36,7 +36,7 @@ fn names(handle: &KeyedCircuitBreakerHandle<Origin>) -> BTreeSet<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_origin_down_is_no_matter_of_the_others() {
+async fn one_failed_origin_does_not_affect_other_origins() {
     let layer = touchy().per_origin();
     let (inner, watch) = Strict::holding();
     let (service, handle) = (layer.layer(inner), layer.handle());
@@ -124,7 +124,7 @@ async fn a_circuit_in_use_is_not_evicted() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_circuit_that_somebody_looks_at_is_not_evicted() {
+async fn a_circuit_with_a_handle_is_not_evicted() {
     let layer = touchy().per_origin().max_keys(1);
     let (inner, watch) = Strict::holding();
     let (service, handle) = (layer.layer(inner), layer.handle());

@@ -41,7 +41,7 @@ async fn gone() -> Vec<(Call, usize, Watch)> {
 
 /// The ends of these calls do not change circuits that are created later. Those count their own calls.
 #[tokio::test(start_paused = true)]
-async fn circuit_is_not_touched_by_calls_of_one_that_is_gone() {
+async fn circuit_is_not_changed_by_calls_of_a_dropped_circuit() {
     let mut dice = fastrand::Rng::with_seed(7);
     let mut under_way = Vec::new();
     for round in 0..200 {
@@ -76,7 +76,7 @@ async fn circuit_is_not_touched_by_calls_of_one_that_is_gone() {
 
 /// The calls end in another thread while their circuit is dropped and the next one is created.
 #[test]
-fn circuit_goes_while_its_call_ends_and_the_next_is_as_new() {
+fn circuit_dropped_while_its_call_ends_leaves_a_clean_slot() {
     type Late = BoxFuture<'static, Result<(), BoxError>>;
 
     /// A service whose calls are pending at the first poll and fail at the second one.

@@ -101,14 +101,14 @@ async fn new_origins_get_circuits_after_failures(layer: CircuitBreakerLayer, cal
 }
 
 #[tokio::test(start_paused = true)]
-async fn keys_that_failed_once_do_not_keep_new_keys_out_a_day_later() {
+async fn keys_that_failed_once_do_not_block_new_keys_a_day_later() {
     for layer in rules() {
         new_origins_get_circuits_after_failures(layer, 1).await;
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn keys_that_tripped_do_not_keep_new_keys_out_a_day_later() {
+async fn keys_that_tripped_do_not_block_new_keys_a_day_later() {
     for layer in rules() {
         new_origins_get_circuits_after_failures(layer, 6).await;
     }
@@ -138,7 +138,7 @@ async fn least_recently_used_circuit_is_evicted_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn failures_are_kept_for_a_quiet_period() {
+async fn failures_count_for_a_quiet_period() {
     for (layer, quiet) in [
         (CircuitBreakerLayer::http(), 60),
         (CircuitBreakerLayer::new(Trip::failure_ratio(1.0).over(10).min_calls(5)), 60),

@@ -15,7 +15,7 @@ fn rig(trip: Trip) -> Rig {
 
 /// The window is an exact ring: a new call replaces the oldest one, whatever its age.
 #[tokio::test(start_paused = true)]
-async fn a_window_of_calls_holds_exactly_the_last_ones() {
+async fn a_window_of_calls_contains_exactly_the_last_calls() {
     let rig = rig(Trip::failure_ratio(0.5).over(4).min_calls(4));
     rig.fail().await;
     for _ in 0..4 {
@@ -66,7 +66,7 @@ async fn a_window_of_time_forgets_a_tenth_at_a_time() {
 
 /// With the coarse clock a success is recorded at the last reading of the clock. A failure reads the clock.
 #[tokio::test(start_paused = true)]
-async fn a_coarse_clock_forgets_a_few_good_calls_early_and_no_bad_one() {
+async fn a_coarse_clock_drops_some_successes_early_and_no_failure() {
     let trip = Trip::failure_ratio(0.5).within(secs(10)).min_calls(3).coarse_clock();
     let rig = rig(trip);
     for _ in 0..16 {
@@ -88,7 +88,7 @@ async fn a_coarse_clock_forgets_a_few_good_calls_early_and_no_bad_one() {
 
 /// Rules of the same kind report the same trip, so the index of the rule distinguishes them.
 #[tokio::test(start_paused = true)]
-async fn which_of_many_rules_it_was_is_told_by_its_place() {
+async fn last_rule_is_the_index_of_the_rule_that_tripped() {
     let ratio = |over| Trip::failure_ratio(1.0).over(over).min_calls(over);
     let rig = rig(Trip::any([Trip::consecutive(9), ratio(5), Trip::any([ratio(3), ratio(4)])]));
     assert_eq!(rig.handle.snapshot().last_rule, None);
@@ -106,7 +106,7 @@ async fn which_of_many_rules_it_was_is_told_by_its_place() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_rule_named_first_is_the_one_that_is_told() {
+async fn the_first_of_two_rules_that_trip_is_reported() {
     let ratio = || Trip::failure_ratio(1.0).over(3).min_calls(3);
     for (trip, ratio_first) in [
         (Trip::any([ratio(), Trip::consecutive(3)]), true),
@@ -132,7 +132,7 @@ fn slow() -> Trip {
 }
 
 #[tokio::test(start_paused = true)]
-async fn slow_calls_open_it_good_or_bad() {
+async fn slow_calls_open_the_circuit_whether_they_succeed_or_fail() {
     for then in [Ok(()), Err(Oops("down"))] {
         let rig = rig(slow());
         rig.takes(secs(2) - ms(1), then).await;
@@ -226,7 +226,7 @@ async fn a_slow_probe_fails() {
 // ===== Closures as rules =====
 
 #[tokio::test(start_paused = true)]
-async fn a_closure_sees_what_was_counted_and_decides() {
+async fn a_rule_closure_receives_the_counts_and_decides() {
     let rig = rig(Trip::any([
         Trip::when(|seen| seen.window_failures >= 3 && seen.consecutive_failures >= 2),
         Trip::failure_ratio(1.0).over(100).min_calls(100),

@@ -25,12 +25,12 @@ impl Rig {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_fixed_wait_is_the_same_each_time() {
+async fn a_fixed_open_time_is_the_same_each_time() {
     assert_eq!(Rig::new(touchy().open_for(secs(3))).waits(4).await, [3000; 4]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn backing_off_doubles_up_to_the_maximum_and_begins_anew_after_a_calm() {
+async fn open_time_doubles_up_to_its_maximum_and_restarts_after_a_quiet_time() {
     let wait = OpenDuration::backoff(secs(1), secs(5)).jitter(0.0).reset_after(secs(10));
     let rig = Rig::new(touchy().open_for(wait));
     assert_eq!(rig.waits(4).await, [1000, 2000, 4000, 5000]);
@@ -47,7 +47,7 @@ async fn backing_off_doubles_up_to_the_maximum_and_begins_anew_after_a_calm() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn jitter_makes_waits_longer_by_up_to_its_share() {
+async fn jitter_extends_the_open_time_by_up_to_its_share() {
     let rig = Rig::new(touchy().open_for(OpenDuration::fixed(secs(10)).jitter(0.5)));
     let waits = rig.waits(50).await;
     assert!(waits.iter().all(|wait| (10_000..15_000).contains(wait)), "{waits:?}");
@@ -55,7 +55,7 @@ async fn jitter_makes_waits_longer_by_up_to_its_share() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_follows_the_server_up_to_a_bound() {
+async fn open_time_follows_retry_after_up_to_a_maximum() {
     let wait = OpenDuration::fixed(secs(10)).follow_retry_after(secs(60));
     for (says, waits) in [("5", 10), ("42", 42), ("3600", 60), ("soon", 10)] {
         let rig = Rig::new(touchy().open_for(wait));
@@ -80,7 +80,7 @@ async fn it_follows_the_server_up_to_a_bound() {
 // ===== m of n =====
 
 #[tokio::test(start_paused = true)]
-async fn the_verdict_falls_as_soon_as_it_is_certain_both_ways() {
+async fn half_open_ends_as_soon_as_the_result_is_certain() {
     // Two of three probes must pass. Each row: the outcomes, the number of probes that make the result certain, the
     // result.
     for (answers, certain, state) in [
@@ -104,7 +104,7 @@ async fn the_verdict_falls_as_soon_as_it_is_certain_both_ways() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn cancelled_probes_give_their_slots_back_and_failed_ones_do_not() {
+async fn cancelled_probes_release_their_slots_and_failed_probes_do_not() {
     let rig = Rig::half_open(touchy().half_open_of(2, 3)).await;
     for _ in 0..10 {
         drop(rig.hold());
@@ -125,7 +125,7 @@ fn patient(callers: u32) -> CircuitBreakerLayer {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_waits_goes_when_it_closes_and_is_refused_when_it_opens() {
+async fn waiting_caller_is_admitted_on_close_and_rejected_on_open() {
     for good in [true, false] {
         let rig = Rig::half_open(patient(2)).await;
         let (mut probe, number) = rig.hold();
@@ -155,7 +155,7 @@ async fn who_waits_goes_when_it_closes_and_is_refused_when_it_opens() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_waits_is_refused_in_time_and_gives_its_place_back() {
+async fn waiting_caller_is_rejected_in_time_and_leaves_the_queue() {
     let rig = Rig::half_open(patient(1)).await;
     let (_probe, _) = rig.hold();
     let mut waits = rig.ask();
@@ -178,7 +178,7 @@ async fn who_waits_is_refused_in_time_and_gives_its_place_back() {
 
 /// The caller of the probe hangs up: a waiting caller takes the probe slot and is not rejected.
 #[tokio::test(start_paused = true)]
-async fn who_waits_takes_the_slot_of_a_cancelled_probe() {
+async fn waiting_caller_acquires_the_slot_of_a_cancelled_probe() {
     let rig = Rig::half_open(patient(2)).await;
     let (probe, number) = rig.hold();
     let (mut first, mut second) = (rig.ask(), rig.ask());
@@ -201,7 +201,7 @@ async fn who_waits_takes_the_slot_of_a_cancelled_probe() {
 /// The inner service is not ready before the deadline: the call is rejected, counted and named. Shadow mode does not
 /// reject it.
 #[tokio::test(start_paused = true)]
-async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
+async fn caller_that_waits_for_the_inner_service_is_rejected_at_its_deadline() {
     for shadow in [false, true] {
         let rig = Rig::new(touchy().name("search"));
         rig.handle.set_shadow(shadow);
