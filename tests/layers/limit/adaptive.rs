@@ -101,7 +101,7 @@ fn calls_that_differ_much_are_not_a_queue() {
 
 /// While a part of the limit is unused, calls do not wait for each other.
 #[test]
-fn with_capacity_to_spare_hardly_anybody_is_refused() {
+fn hardly_any_call_is_rejected_while_capacity_is_free() {
     for (offered, most) in [(1000.0, 0.003), (1400.0, 0.003), (1800.0, 0.03)] {
         let light = Phase { offered, ..STEADY };
         let world = World { spread: Spread::Exponential, ..world(&[light]) };
@@ -135,7 +135,7 @@ fn bursts_with_pauses_between_them_do_not_raise_the_limit() {
 }
 
 #[test]
-fn after_twenty_minutes_of_overload_the_queue_is_still_not_taken_for_normal() {
+fn twenty_minutes_of_overload_do_not_raise_the_baseline() {
     let seconds = run(&world(&[STEADY]), knee(20), 1200);
     within(&seconds[10..], 15, 40);
     for minute in seconds.chunks(60).skip(1) {
@@ -168,7 +168,7 @@ fn calls_that_become_slower_are_not_a_queue() {
 }
 
 #[test]
-fn an_hour_of_idling_is_not_forgotten() {
+fn an_idle_hour_does_not_change_the_limit() {
     let idle = Phase { from: 20.0, offered: 5.0, ..STEADY };
     let back = Phase { from: 3620.0, ..STEADY };
     let seconds = run(&world(&[STEADY, idle, back]), knee(20), 3640);
@@ -178,7 +178,7 @@ fn an_hour_of_idling_is_not_forgotten() {
 }
 
 #[test]
-fn what_is_not_in_use_does_not_grow() {
+fn an_unused_limit_does_not_grow() {
     let light = Phase { offered: 500.0, ..STEADY };
     let seconds = run(&world(&[light]), knee(20), 60);
     assert!(seconds.iter().all(|second| second.limit == 20 && second.refused == 0));
@@ -187,7 +187,7 @@ fn what_is_not_in_use_does_not_grow() {
 /// 280 of 300 possible calls per second, an outage of ten seconds, and callers that retry. Without a limit the server
 /// keeps working on calls whose callers have given up.
 #[test]
-fn an_outage_is_over_when_it_is_over() {
+fn goodput_recovers_after_an_outage() {
     let before = Phase { from: 0.0, workers: 30, service: 100.0, offered: 280.0 };
     let outage = Phase { from: 60.0, workers: 0, ..before };
     let after = Phase { from: 70.0, ..before };
@@ -230,7 +230,7 @@ fn drops_cut_once_a_round_trip_and_growth_is_careful_for_a_while() {
 }
 
 #[test]
-fn a_stray_drop_is_not_a_sign() {
+fn a_single_drop_does_not_lower_the_limit() {
     let mut knee = Knee::new(100, 10..=100).unwrap();
     let changes = calls(&mut knee, 0, |number| number % 50 == 0);
     assert!(!changes.contains(&ChangeReason::Dropped), "{changes:?}");
@@ -239,7 +239,7 @@ fn a_stray_drop_is_not_a_sign() {
 // ===== All algorithms =====
 
 #[test]
-fn all_keep_to_their_bounds() {
+fn all_algorithms_stay_within_their_bounds() {
     let all: [Box<dyn Algorithm>; 4] = [
         Box::new(Knee::new(30, 20..=50).unwrap()),
         Box::new(Aimd::new(30, 20..=50).unwrap()),
@@ -255,7 +255,7 @@ fn all_keep_to_their_bounds() {
 
 /// Any samples, because the traits are public and clocks jump.
 #[test]
-fn nothing_that_is_told_breaks_a_limit() {
+fn any_samples_leave_a_valid_limit() {
     let wild = [0, 1, 999, 10_000_000, 20_000_000, 3_600_000_000_000, u64::MAX];
     let time = |dice: &mut fastrand::Rng| match dice.u8(..30) {
         0 => Duration::MAX,
@@ -312,7 +312,7 @@ fn a_fixed_limit_stays() {
 
 /// The reason why this algorithm is not the default.
 #[test]
-fn gradient2_learns_the_queue() {
+fn gradient2_adapts_to_the_latency_of_a_queue() {
     let world = World { spread: Spread::Exponential, ..world(&[STEADY]) };
     let seconds = run(&world, Some(Box::new(Gradient2::default())), 1200);
     let (early, late) = (mean_limit(&seconds[10..60]), mean_limit(&seconds[1140..]));
@@ -320,7 +320,7 @@ fn gradient2_learns_the_queue() {
 }
 
 #[test]
-fn bad_bounds_are_typed_errors() {
+fn invalid_bounds_are_typed_errors() {
     for (made, field) in [
         (Knee::new(0, 1..=2).map(drop), "adaptive.initial"),
         (Knee::new(3, 1..=2).map(drop), "adaptive.initial"),

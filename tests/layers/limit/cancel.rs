@@ -57,7 +57,7 @@ const CALLERS: usize = 100_000;
 const LIMIT: usize = 4;
 
 #[tokio::test(start_paused = true)]
-async fn a_hundred_thousand_cancelled_waiters_lose_no_place_and_wake_nobody_twice() {
+async fn a_hundred_thousand_cancelled_callers_lose_no_permit_and_wake_no_caller_twice() {
     for (seed, order) in [
         (1, QueueOrder::Fifo),
         (2, QueueOrder::Lifo),
@@ -123,7 +123,7 @@ async fn a_hundred_thousand_cancelled_waiters_lose_no_place_and_wake_nobody_twic
 
 /// The last clone of a waker may own the task, whose destructor may take a snapshot of the limit.
 #[test]
-fn a_waker_that_looks_at_the_limit_as_it_goes_does_not_stand_still() {
+fn a_waker_may_use_the_limit_when_it_is_dropped() {
     struct Looks(ConcurrencyLimitHandle);
 
     impl Wake for Looks {

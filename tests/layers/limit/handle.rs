@@ -42,7 +42,7 @@ async fn refused(service: &Limit) -> RejectedKind {
 // ===== Shadow mode =====
 
 #[tokio::test(start_paused = true)]
-async fn shadow_mode_refuses_nobody_and_counts_who_would_be() {
+async fn shadow_mode_rejects_no_call_and_counts_calls_that_would_be_rejected() {
     let (service, watch, handle) = over(&ConcurrencyLimitLayer::new(2).queue(5, 100 * MS).shadow());
     let mut calls: Vec<_> = (0..5).map(|_| hold(&service)).collect();
     let mut late = request();
@@ -74,7 +74,7 @@ async fn shadow_mode_refuses_nobody_and_counts_who_would_be() {
 
 /// A call that waits when shadow mode starts is admitted at the end of its maximum wait.
 #[tokio::test(start_paused = true)]
-async fn shadow_mode_lets_through_who_has_waited_in_vain() {
+async fn shadow_mode_admits_a_call_after_its_maximum_wait() {
     let (service, watch, handle) = over(&ConcurrencyLimitLayer::new(1).queue(5, 100 * MS));
     let _first = hold(&service);
     let mut waiting = hold(&service);
@@ -89,7 +89,7 @@ async fn shadow_mode_lets_through_who_has_waited_in_vain() {
 
 /// Calls beyond the limit are not samples of the algorithm.
 #[tokio::test(start_paused = true)]
-async fn shadow_mode_hides_what_is_beyond_from_the_algorithm() {
+async fn shadow_mode_records_no_samples_of_calls_beyond_the_limit() {
     let (service, watch, handle) =
         over(&ConcurrencyLimitLayer::adaptive(Heard::default()).shadow());
     let mut calls: Vec<_> = (0..3).map(|_| hold(&service)).collect();
@@ -171,7 +171,7 @@ async fn settings_change_through_the_handle() {
 // ===== Waits =====
 
 #[tokio::test(start_paused = true)]
-async fn waits_are_told_as_percentiles() {
+async fn waiting_times_are_reported_as_percentiles() {
     let (service, watch, handle) = over(&ConcurrencyLimitLayer::new(1).queue(200, 150 * MS));
     assert_eq!((handle.snapshot().wait_p50, handle.wait_percentile(1.0)), (None, None));
     let mut now = hold(&service);
@@ -201,7 +201,7 @@ async fn waits_are_told_as_percentiles() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn refusals_are_told_by_reason() {
+async fn rejections_are_counted_by_reason() {
     let (service, _watch, handle) = over(&ConcurrencyLimitLayer::new(1).queue(1, MS));
     let _first = hold(&service);
     let mut waiting = hold(&service);
@@ -264,7 +264,7 @@ async fn the_queue_changes_while_calls_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_algorithm_gets_other_bounds_while_it_runs() {
+async fn bounds_of_an_algorithm_change_while_it_runs() {
     fn bounded(algorithm: impl Algorithm + Clone) {
         let name = format!("{algorithm:?}");
         let layer = ConcurrencyLimitLayer::adaptive(algorithm);
@@ -299,7 +299,7 @@ async fn an_algorithm_gets_other_bounds_while_it_runs() {
 
 /// Wider bounds raise the limit, which admits queued callers.
 #[tokio::test(start_paused = true)]
-async fn wider_bounds_let_waiters_in_under_the_limit() {
+async fn wider_bounds_admit_queued_callers() {
     let layer = ConcurrencyLimitLayer::adaptive(Knee::new(1, 1..=1).unwrap()).queue(5, 100 * MS);
     let (service, _watch, handle) = over(&layer);
     let _first = hold(&service);

@@ -84,7 +84,7 @@ async fn waiting_caller_woken_on_open() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn unread_good_body_is_a_success() {
+async fn unread_response_releases_its_permit_when_dropped() {
     let (service, watch, handle) = limit(1, 0);
     for response in [hello(), grpc([Piece::data("a"), Piece::Stuck]), status(500)] {
         watch.script([Then::Answer(response)]);
@@ -94,7 +94,7 @@ async fn unread_good_body_is_a_success() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn bad_config_is_a_typed_error() {
+async fn invalid_setting_is_a_typed_error() {
     let good = || ConcurrencyLimitLayer::new(1);
     let second = Duration::from_secs(1);
     let mut bad = vec![
@@ -142,7 +142,7 @@ async fn bad_config_is_a_typed_error() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn setters_after_handle_are_seen() {
+async fn setters_after_the_handle_apply() {
     let layer = ConcurrencyLimitLayer::new(1);
     let (inner, watch) = Strict::holding();
     let handle = layer.handle();
@@ -207,7 +207,7 @@ async fn never_above_the_limit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_queue_what_is_too_much_is_refused_at_once() {
+async fn without_a_queue_a_call_beyond_the_limit_is_rejected_at_once() {
     let (service, _watch, handle) = limit(2, 0);
     let _calls = [hold(&service), hold(&service)];
     let error = service.clone().oneshot(request()).await.unwrap_err();
@@ -220,7 +220,7 @@ async fn without_a_queue_what_is_too_much_is_refused_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn respond_tells_a_client_in_its_own_form() {
+async fn respond_rejects_in_the_form_of_the_client() {
     let layer = ConcurrencyLimitLayer::new(1).retry_after(Duration::from_millis(1001)).respond();
     let (inner, _watch) = Strict::holding();
     let service = layer.layer(inner);
@@ -283,7 +283,7 @@ async fn released_at_the_head_if_asked() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn per_response_holds_any_service_to_its_limit() {
+async fn per_response_limits_services_of_any_types() {
     let layer = ConcurrencyLimitLayer::new(1).per_response();
     let (inner, watch) = Strict::<u8>::of(|| Then::Hold);
     let service = layer.layer(inner);
@@ -321,7 +321,7 @@ async fn first_come_first_served() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_newcomer_never_overtakes() {
+async fn a_new_call_never_overtakes_the_queue() {
     let (service, watch, _handle) = limit(1, 8);
     let mut first = hold(&service);
     let mut next = hold(&service);
@@ -372,7 +372,7 @@ async fn call_waits_no_longer_than_the_maximum_wait() {
 
 /// A permit that is granted takes precedence over a maximum wait that has just passed.
 #[tokio::test(start_paused = true)]
-async fn a_turn_beats_a_deadline() {
+async fn a_granted_permit_precedes_the_end_of_the_maximum_wait() {
     let (service, watch, handle) = limit(1, 8);
     let mut first = hold(&service);
     let mut next = hold(&service);
@@ -384,7 +384,7 @@ async fn a_turn_beats_a_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_waiter_that_goes_away_frees_its_place() {
+async fn a_cancelled_queued_caller_leaves_the_queue() {
     let (service, watch, handle) = limit(1, 8);
     let mut first = hold(&service);
     let (gone, mut stays) = (hold(&service), hold(&service));
@@ -399,7 +399,7 @@ async fn a_waiter_that_goes_away_frees_its_place() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_turn_is_handed_on_when_its_waiter_goes_away() {
+async fn permit_of_a_cancelled_queued_caller_passes_to_the_next() {
     let (service, watch, handle) = limit(1, 8);
     let mut first = hold(&service);
     let (gone, mut next) = (hold(&service), hold(&service));
@@ -413,7 +413,7 @@ async fn a_turn_is_handed_on_when_its_waiter_goes_away() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn last_come_first_served_if_asked() {
+async fn last_in_first_out_serves_the_newest_caller_first() {
     let (service, watch, _handle) = ordered(QueueOrder::Lifo);
     let mut first = hold(&service);
     let waiting: Vec<_> = (0..3).map(|_| hold(&service)).collect();
@@ -426,7 +426,7 @@ async fn last_come_first_served_if_asked() {
 
 /// The newest caller is first only while the oldest one has waited for too long.
 #[tokio::test(start_paused = true)]
-async fn the_order_turns_when_the_queue_stands() {
+async fn adaptive_order_reverses_while_the_oldest_caller_waits_too_long() {
     let (service, watch, _handle) = ordered(QueueOrder::Adaptive(Duration::from_millis(100)));
     let mut first = hold(&service);
     let mut oldest = hold(&service);
@@ -453,7 +453,7 @@ fn ordered(order: QueueOrder) -> (Limit, Watch, ConcurrencyLimitHandle) {
 
 /// A caller that was never polled has no waker, and gets the permit all the same.
 #[tokio::test(start_paused = true)]
-async fn a_turn_comes_to_a_future_that_was_never_polled() {
+async fn a_queued_future_that_was_never_polled_receives_a_permit() {
     let (mut service, watch, handle) = limit(1, 8);
     let mut first = hold(&service);
     let unpolled = service.call(request());
@@ -468,7 +468,7 @@ async fn a_turn_comes_to_a_future_that_was_never_polled() {
 
 /// A queued caller does not poll the inner service before it has a permit.
 #[tokio::test(start_paused = true)]
-async fn a_waiter_keeps_off_the_inner_service_until_its_turn() {
+async fn a_queued_caller_does_not_poll_the_inner_service() {
     let (service, watch, _handle) = limit(1, 8);
     let _first = hold(&service);
     let polls = watch.seen().polls;
@@ -480,7 +480,7 @@ async fn a_waiter_keeps_off_the_inner_service_until_its_turn() {
 // ===== Resizing =====
 
 #[tokio::test(start_paused = true)]
-async fn a_higher_limit_lets_waiters_in() {
+async fn a_higher_limit_admits_queued_callers() {
     let (service, watch, handle) = limit(1, 8);
     let _first = hold(&service);
     let mut waiting = [hold(&service), hold(&service), hold(&service)];
@@ -512,7 +512,7 @@ async fn a_lower_limit_drains() {
 /// Some callers end, some are dropped while they wait or run, and one changes the limit: no caller hangs, and no permit
 /// is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 8)]
-async fn many_threads_lose_nothing() {
+async fn many_threads_lose_no_permit() {
     let layer = ConcurrencyLimitLayer::new(4).queue(1000, Duration::from_secs(60)).per_response();
     let handle = layer.handle();
     let busy = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
@@ -554,7 +554,7 @@ async fn many_threads_lose_nothing() {
 
 /// A queue needs a timer, and thus a runtime. The panic without one leaks no permit.
 #[test]
-fn a_wait_without_a_runtime_leaves_nothing_behind() {
+fn a_wait_without_a_runtime_leaves_no_queue_entry() {
     let layer = ConcurrencyLimitLayer::new(1).queue(1, Duration::from_secs(1));
     let handle = layer.handle();
     let service = layer.layer(Strict::holding().0);
@@ -579,7 +579,7 @@ fn due(service: &Limit, after: Duration) -> task::Spawn<Oneshot<Limit, Request<(
 }
 
 #[tokio::test(start_paused = true)]
-async fn work_whose_deadline_has_passed_is_not_begun() {
+async fn a_call_whose_deadline_has_passed_is_not_begun() {
     let (service, watch, handle) = limit(1, 8);
     let error = assert_ready!(due(&service, Duration::ZERO).poll()).unwrap_err();
     let told = Rejected::find(&*error).unwrap();
@@ -590,7 +590,7 @@ async fn work_whose_deadline_has_passed_is_not_begun() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_waiter_is_dropped_at_its_deadline() {
+async fn a_queued_caller_is_rejected_at_its_deadline() {
     let (service, watch, handle) = limit(1, 8);
     let mut first = hold(&service);
     let mut soon = due(&service, Duration::from_millis(300));
@@ -609,7 +609,7 @@ async fn a_waiter_is_dropped_at_its_deadline() {
 
 /// The call has a permit, and the inner service is not ready: the call waits until its deadline and no longer.
 #[tokio::test(start_paused = true)]
-async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
+async fn caller_that_waits_for_the_inner_service_is_rejected_at_its_deadline() {
     let (service, watch, handle) = limit(1, 8);
     let mut first = hold(&service);
     let mut next = due(&service, Duration::from_millis(300));
@@ -627,7 +627,7 @@ async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
 
 /// Neither shadow mode nor an exemption rejects a call.
 #[tokio::test(start_paused = true)]
-async fn who_is_never_refused_waits_on_for_the_inner_service() {
+async fn exempt_and_shadowed_calls_wait_for_the_inner_service_after_their_deadline() {
     for shadow in [true, false] {
         let (inner, watch) = Strict::holding();
         watch.set_ready(false);
@@ -656,7 +656,7 @@ async fn who_is_never_refused_waits_on_for_the_inner_service() {
 
 /// The permit of the late caller passes to the next caller, which may still be in time.
 #[tokio::test(start_paused = true)]
-async fn a_turn_does_not_beat_the_callers_deadline() {
+async fn a_granted_permit_does_not_precede_the_callers_deadline() {
     let (service, watch, handle) = limit(1, 8);
     let mut first = hold(&service);
     let mut soon = due(&service, Duration::from_millis(300));
@@ -673,7 +673,7 @@ async fn a_turn_does_not_beat_the_callers_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_passed_deadline_is_told_as_such() {
+async fn a_passed_deadline_is_reported_as_the_reason() {
     let (inner, _watch) = Strict::new();
     let service = ConcurrencyLimitLayer::new(1).respond().layer(inner);
     let mut late = request();

@@ -26,7 +26,7 @@ use tower::{Layer, Service, ServiceExt, service_fn};
 use crate::support::{Piece, ScriptBody, Strict, Then, empty, request};
 
 #[test]
-fn limit_of_its_own_for_each_layer_while_calls_of_those_gone_go_on() {
+fn each_layer_has_its_own_limit_while_calls_of_dropped_layers_continue() {
     let pending = || service_fn(|()| pending::<Result<(), BoxError>>());
     let mut under_way = VecDeque::new();
     for round in 0..10_000 {
@@ -51,7 +51,7 @@ fn limit_of_its_own_for_each_layer_while_calls_of_those_gone_go_on() {
 
 /// The ends of these calls do not change a limit that reuses the memory of theirs, now or later.
 #[tokio::test(start_paused = true)]
-async fn limit_is_not_touched_by_calls_of_one_that_is_gone() {
+async fn limit_is_not_changed_by_calls_of_a_dropped_limit() {
     type Gone = Vec<Box<dyn std::any::Any>>;
 
     /// Everything that can outlive its limit: calls, bodies and permits of each kind.
@@ -129,7 +129,7 @@ async fn limit_is_not_touched_by_calls_of_one_that_is_gone() {
 /// One thread releases a permit, which passes to a queued caller, while another one drops this caller and all owners of
 /// the limit.
 #[test]
-fn limit_that_is_handed_over_as_it_goes_is_as_new_for_the_next() {
+fn limit_dropped_while_a_permit_passes_on_leaves_a_clean_slot() {
     let pairs: Vec<_> = (0..4)
         .map(|_| {
             thread::spawn(|| {
@@ -159,7 +159,7 @@ fn limit_that_is_handed_over_as_it_goes_is_as_new_for_the_next() {
 
 /// User code panics between the admission of a call and its end: neither a permit nor a queue position is lost.
 #[tokio::test(start_paused = true)]
-async fn limit_loses_no_place_to_what_panics_around_a_call() {
+async fn panics_of_user_code_lose_no_permit_and_no_queue_entry() {
     /// Panics when it is cloned. Its response panics when it is dropped.
     struct Touchy;
     impl Clone for Touchy {

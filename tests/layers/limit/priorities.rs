@@ -92,7 +92,7 @@ contract_tests!(One);
 
 /// The sorter runs before the call acquires a permit, so its panic loses the request and nothing else.
 #[tokio::test(start_paused = true)]
-async fn a_sorter_that_panics_takes_no_place() {
+async fn a_classifier_that_panics_acquires_no_permit() {
     let sort: ByRequest = |request| match request.extensions().get() {
         Some(claim) => *claim,
         None => panic!("a request without a claim"),
@@ -115,7 +115,7 @@ async fn a_sorter_that_panics_takes_no_place() {
 
 /// The algorithm panics at a response head. The call succeeds, and releases its permit and the share of its partition.
 #[tokio::test(start_paused = true)]
-async fn algorithm_that_panics_neither_fails_a_call_nor_holds_a_permit() {
+async fn algorithm_that_panics_fails_no_call_and_its_permit_is_released() {
     #[derive(Clone, Debug)]
     struct Touchy;
     impl Algorithm for Touchy {
@@ -138,7 +138,7 @@ async fn algorithm_that_panics_neither_fails_a_call_nor_holds_a_permit() {
 
 /// Claims of partitions that do not exist and of priorities above the maximum, alone and combined.
 #[tokio::test(start_paused = true)]
-async fn a_claim_of_anything_is_kept_to_what_there_is() {
+async fn unknown_partitions_and_priorities_are_bounded() {
     let (service, watch, handle) = sorted(4, 0, &[f64::MIN_POSITIVE, 1e-9, 0.5]);
     let shares: Vec<u32> = handle.partitions().iter().map(|each| each.share).collect();
     assert_eq!(shares, [0, 0, 2]);
@@ -165,7 +165,7 @@ async fn a_claim_of_anything_is_kept_to_what_there_is() {
 // ===== Exempt =====
 
 #[tokio::test(start_paused = true)]
-async fn an_exempt_path_is_never_refused_and_counted_apart() {
+async fn an_exempt_path_is_never_rejected_and_counted_separately() {
     let layer = ConcurrencyLimitLayer::new(1).exempt_paths(["/livez", "/debug/*"]);
     let (inner, watch) = Strict::holding();
     let (handle, service) = (layer.handle(), layer.layer(inner));
@@ -203,7 +203,7 @@ async fn an_exempt_path_is_never_refused_and_counted_apart() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_exempt_call_does_not_wait_nor_die_of_its_deadline() {
+async fn an_exempt_call_neither_waits_nor_is_rejected_at_its_deadline() {
     let by: ByRequest = |_| CallClass::exempt();
     let layer = ConcurrencyLimitLayer::new(1).queue(9, Duration::from_secs(9)).classify_by(by);
     let (inner, watch) = Strict::holding();
@@ -238,7 +238,7 @@ fn inside(handle: &PartitionedLimitHandle) -> Vec<u32> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn bad_partitions_are_a_typed_error() {
+async fn invalid_partitions_are_a_typed_error() {
     let one = || ConcurrencyLimitLayer::new(1).classify_by(asked as ByRequest);
     for (shares, remedy) in [
         (vec![0.0], "above 0"),
@@ -256,7 +256,7 @@ async fn bad_partitions_are_a_typed_error() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_share_that_is_not_used_is_lent_and_given_back() {
+async fn an_unused_share_is_borrowed_and_returned() {
     let (service, watch, handle) = sorted(10, 0, &[0.7, 0.3]);
     let mut batch: Vec<_> = (0..10).map(|_| start(&service, 1)).collect();
     assert!(batch.iter().all(|(_, goes)| *goes), "other calls may use an idle share");
@@ -277,7 +277,7 @@ async fn a_share_that_is_not_used_is_lent_and_given_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_owed_is_kept_for_a_second() {
+async fn a_permit_is_reserved_for_a_second_after_a_rejection() {
     let (service, watch, handle) = sorted(2, 0, &[0.5]);
     let mut others = [start(&service, 9), start(&service, 9)];
     assert!(!start(&service, 0).1, "its share is in use by others");
@@ -293,7 +293,7 @@ async fn what_is_owed_is_kept_for_a_second() {
 
 /// A queued caller gets a reserved permit at the end of the reservation, although nothing else wakes it.
 #[tokio::test(start_paused = true)]
-async fn who_waits_gets_what_is_kept_when_that_time_is_over() {
+async fn queued_caller_acquires_a_reserved_permit_after_the_reservation() {
     let (service, watch, handle) = sorted(2, 9, &[0.5]);
     let mut others = [start(&service, 9), start(&service, 9)];
     let (owner, _) = start(&service, 0);
@@ -317,7 +317,7 @@ async fn who_waits_gets_what_is_kept_when_that_time_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_those_who_wait_who_has_least_of_his_share_goes_first() {
+async fn the_partition_that_uses_the_smallest_part_of_its_share_is_admitted_first() {
     let (service, watch, handle) = sorted(4, 9, &[0.5, 0.5]);
     let mut held: Vec<_> = (0..4).map(|_| start(&service, 0).0).collect();
     let (mut more, first, second) =
@@ -337,7 +337,7 @@ async fn of_those_who_wait_who_has_least_of_his_share_goes_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn shares_change_while_calls_are_under_way() {
+async fn shares_change_while_calls_are_in_flight() {
     let (service, _watch, handle) = sorted(10, 0, &[0.5, 0.5]);
     let calls: Vec<_> = (0..5).flat_map(|_| [start(&service, 0), start(&service, 1)]).collect();
     assert!(calls.iter().all(|(_, goes)| *goes));
@@ -354,7 +354,7 @@ async fn shares_change_while_calls_are_under_way() {
 
 /// A permit that a handler has taken for a socket counts in its partition until the socket is closed.
 #[tokio::test(start_paused = true)]
-async fn a_place_that_is_taken_along_stays_in_its_partition() {
+async fn an_owned_permit_stays_in_its_partition() {
     let layer = ConcurrencyLimitLayer::new(4)
         .upgrades()
         .classify_by(asked as ByRequest)
@@ -534,17 +534,17 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn shares_are_kept_as_documented(limit in 1..12usize, steps in steps()) {
+    fn shares_apply_as_documented(limit in 1..12usize, steps in steps()) {
         in_virtual_time(without_a_queue(limit, steps))?;
     }
 
     #[test]
-    fn who_waits_is_worth_most(limit in 1..6usize, steps in steps()) {
+    fn the_queue_contains_the_calls_of_the_highest_priority(limit in 1..6usize, steps in steps()) {
         in_virtual_time(by_worth(limit, steps))?;
     }
 
     #[test]
-    fn shares_are_kept_among_those_who_wait(limit in 1..12usize, steps in steps()) {
+    fn shares_apply_to_queued_callers(limit in 1..12usize, steps in steps()) {
         in_virtual_time(with_a_queue(limit, steps))?;
     }
 }
@@ -614,7 +614,7 @@ fn is_low(user: u64) -> bool {
 }
 
 #[tokio::test(start_paused = true)]
-async fn at_twice_the_capacity_the_limit_sheds_the_same_half() {
+async fn at_twice_the_capacity_the_limit_rejects_the_same_half() {
     let [high, low] = served(1, by_user).await;
     assert!(high > 0.9 && low < 0.1, "{high:.2} {low:.2}");
 }
@@ -631,7 +631,7 @@ async fn a_priority_that_stays_the_same_serves_whole_requests() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_shed_by_priority_while_there_is_room() {
+async fn no_call_is_rejected_by_priority_while_permits_are_free() {
     let layer =
         ConcurrencyLimitLayer::new(20).per_response().classify_by(Itself).reject_by_priority();
     let service = layer.layer(service_fn(|_: Priority| std::future::ready(Ok::<_, Oops>(()))));
@@ -652,7 +652,7 @@ fn worth(service: &Limit, priority: Priority) -> Call {
 }
 
 #[tokio::test(start_paused = true)]
-async fn in_a_full_queue_who_is_worth_least_gives_way() {
+async fn a_full_queue_displaces_the_caller_of_the_lowest_priority() {
     let layer = ConcurrencyLimitLayer::new(1).queue(2, Duration::from_secs(5));
     let layer = layer.classify_by(asked as ByRequest).reject_by_priority();
     let (inner, watch) = Strict::holding();
@@ -742,7 +742,7 @@ async fn by_worth(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
 
 /// After the load has fallen, the threshold of the priorities falls as well.
 #[tokio::test(start_paused = true)]
-async fn a_cut_goes_when_the_load_goes() {
+async fn the_priority_threshold_falls_when_the_load_falls() {
     let (service, watch, handle) = {
         let layer =
             ConcurrencyLimitLayer::new(2).classify_by(asked as ByRequest).reject_by_priority();
@@ -795,7 +795,7 @@ impl Drop for Inside {
 /// Some calls are displaced, some are dropped while they wait or run, shares and limit change: no call hangs, and no
 /// permit is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 8)]
-async fn many_threads_of_all_kinds_lose_nothing() {
+async fn many_threads_of_all_partitions_lose_no_permit() {
     let layer = ConcurrencyLimitLayer::new(4).queue(16, Duration::from_secs(60)).per_response();
     let sort: fn(&CallClass) -> CallClass = |claim| *claim;
     let layer = layer.classify_by(sort).partitions(&[0.5, 0.25]).reject_by_priority();

@@ -25,7 +25,7 @@ const MS: Duration = Duration::from_millis(1);
 /// 500 calls arrive at once, each with a deadline of 100 ms, at a server that serves one call in 10 ms. Ten are served,
 /// the others are rejected at their deadline, and a later call is served at once.
 #[tokio::test(start_paused = true)]
-async fn a_burst_under_the_limit_leaves_no_dead_work_behind() {
+async fn a_burst_beyond_its_deadline_does_not_delay_later_calls() {
     let limit = || ConcurrencyLimitLayer::new(1).queue(1000, Duration::from_secs(10));
     burst(limit()).await;
     // The same with partitions and priorities.
@@ -91,7 +91,7 @@ impl tower::Service<Request<()>> for Inner {
 
 /// The deadline is checked before the limit, so the rejection names the deadline also when the limit is reached.
 #[tokio::test(start_paused = true)]
-async fn a_late_call_is_refused_as_late_also_where_the_limit_is_reached() {
+async fn a_call_after_its_deadline_is_rejected_for_it_also_at_the_limit() {
     let layer = ConcurrencyLimitLayer::new(1);
     let inner = service_fn(|_: Request<()>| async { Ok::<_, Oops>(empty()) });
     let service = layer.layer(inner);

@@ -74,7 +74,7 @@ fn hold(service: &Limit) -> task::Spawn<Oneshot<Limit, Request<()>>> {
 const MS: Duration = Duration::from_millis(1);
 
 #[tokio::test(start_paused = true)]
-async fn latency_is_to_the_head_and_without_the_wait() {
+async fn latency_is_to_the_head_and_without_the_time_in_the_queue() {
     let (spy, _layer, service, watch) = limit();
     let (mut first, mut second, mut third) = (hold(&service), hold(&service), hold(&service));
     advance(30 * MS).await;
@@ -94,7 +94,7 @@ async fn latency_is_to_the_head_and_without_the_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn latency_is_to_the_end_of_the_body_if_asked() {
+async fn latency_is_to_the_end_of_the_body_with_until_body_end() {
     let (spy, layer, service, watch) = limit();
     layer.handle().set_until_body_end(true);
     let mut call = hold(&service);
@@ -108,7 +108,7 @@ async fn latency_is_to_the_end_of_the_body_if_asked() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_says_nothing_about_load_is_not_heard() {
+async fn outcomes_without_information_about_the_load_are_not_recorded() {
     let (spy, _layer, service, watch) = limit();
     drop(hold(&service));
     for then in [Then::Answer(status(500)), Then::Answer(status(502)), Then::Fail(Oops("no"))] {
@@ -120,7 +120,7 @@ async fn what_says_nothing_about_load_is_not_heard() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_asks_for_less_is_a_drop() {
+async fn responses_that_signal_overload_are_drops() {
     let (spy, layer, service, watch) = limit();
     let answers = [
         status(429),
@@ -180,7 +180,7 @@ async fn a_limit_that_releases_at_the_head_records_a_grpc_call_there() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_change_is_applied_and_lets_waiters_in() {
+async fn a_change_is_applied_and_admits_queued_callers() {
     let (spy, layer, service, watch) = limit();
     let mut calls: Vec<_> = (0..5).map(|_| hold(&service)).collect();
     let change = LimitChange { limit: 4, reason: ChangeReason::Other("test") };
@@ -194,7 +194,7 @@ async fn a_change_is_applied_and_lets_waiters_in() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_limit_set_by_hand_is_where_it_goes_on() {
+async fn an_algorithm_continues_from_a_limit_set_by_the_handle() {
     let (spy, layer, _service, _watch) = limit();
     let handle = layer.handle();
     assert_eq!((handle.snapshot().limit, handle.snapshot().last_change), (2, None));

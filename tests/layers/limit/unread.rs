@@ -137,7 +137,7 @@ async fn queued_caller_gets_the_permit_of_an_unread_response() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn timeout_layer_within_fails_an_unread_response_that_is_read_on() {
+async fn inner_timeout_layer_fails_an_unread_response_that_is_read_on() {
     let (limit, timeout) = (layer(1), TimeoutLayer::new(Timeouts::new()));
     let (permits, timeouts) = (limit.handle(), timeout.handle());
     let layer = tower::layer::layer_fn(move |inner: tower::util::BoxCloneSyncService<_, _, _>| {
@@ -189,7 +189,7 @@ async fn unread_responses_release_permits_of_adaptive_and_partitioned_limits() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn sweeper_ends_when_no_response_is_left_also_of_a_layer_that_is_gone() {
+async fn sweeper_ends_when_no_response_is_left_also_of_a_dropped_layer() {
     let tasks = || Handle::current().metrics().num_alive_tasks();
     let fixed = layer(1);
     let adaptive = ConcurrencyLimitLayer::adaptive(Vegas::default()).max_unread(MAX);

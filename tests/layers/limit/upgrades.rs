@@ -93,7 +93,7 @@ fn one() -> (Server, Watch, Found, ConcurrencyLimitHandle) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_taken_place_outlives_the_call() {
+async fn an_owned_permit_outlives_the_call() {
     let (service, watch, slot, handle) = one();
     let mut call = task::spawn(service.clone().oneshot(request()));
     assert_pending!(call.poll());
@@ -110,7 +110,7 @@ async fn a_taken_place_outlives_the_call() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_place_that_nobody_takes_goes_with_the_body() {
+async fn a_permit_that_no_handler_takes_is_released_with_the_body() {
     let (service, watch, slot, handle) = one();
     let mut call = task::spawn(service.oneshot(request()));
     assert_pending!(call.poll());
@@ -123,7 +123,7 @@ async fn a_place_that_nobody_takes_goes_with_the_body() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_place_that_is_dropped_early_stays_with_the_call() {
+async fn an_owned_permit_that_is_dropped_early_stays_with_the_call() {
     let (service, watch, slot, handle) = one();
     let mut call = task::spawn(service.oneshot(request()));
     assert_pending!(call.poll());
@@ -138,7 +138,7 @@ async fn a_place_that_is_dropped_early_stays_with_the_call() {
 
 /// The connection breaks while the handler runs, and the task of the handler lives on with the permit.
 #[tokio::test(start_paused = true)]
-async fn a_taken_place_outlives_a_dropped_call() {
+async fn an_owned_permit_outlives_a_dropped_call() {
     let (service, _watch, slot, handle) = one();
     let mut call = task::spawn(service.clone().oneshot(request()));
     assert_pending!(call.poll());
@@ -155,7 +155,7 @@ async fn a_taken_place_outlives_a_dropped_call() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_place_may_be_taken_while_the_body_goes_on() {
+async fn a_permit_can_be_taken_while_the_body_continues() {
     let (service, watch, slot, handle) = one();
     let mut call = task::spawn(service.oneshot(request()));
     assert_pending!(call.poll());
@@ -170,7 +170,7 @@ async fn a_place_may_be_taken_while_the_body_goes_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_freed_place_goes_to_who_waits() {
+async fn a_released_owned_permit_passes_to_a_queued_caller() {
     let layer = ConcurrencyLimitLayer::new(1).queue(1, std::time::Duration::from_secs(9));
     let (service, watch, slot, handle) = server(layer.upgrades());
     let mut call = task::spawn(service.clone().oneshot(request()));
@@ -188,7 +188,7 @@ async fn a_freed_place_goes_to_who_waits() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_two_limits_the_places_of_both_are_taken() {
+async fn the_permits_of_two_limits_are_taken_together() {
     let outer = ConcurrencyLimitLayer::new(5).upgrades();
     let inner = ConcurrencyLimitLayer::new(3).upgrades();
     let (a, b) = (outer.handle(), inner.handle());
@@ -204,7 +204,7 @@ async fn of_two_limits_the_places_of_both_are_taken() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn released_at_the_head_a_place_is_still_held_by_who_took_it() {
+async fn an_owned_permit_is_held_although_the_call_releases_at_its_head() {
     let (service, watch, slot, handle) =
         server(ConcurrencyLimitLayer::new(1).release_at_head().upgrades());
     for take in [false, true] {
@@ -231,7 +231,7 @@ async fn without_upgrades_nothing_is_in_the_request() {
 
 /// The lifetime of a socket is not a latency.
 #[tokio::test(start_paused = true)]
-async fn an_adaptive_limit_does_not_hear_how_long_a_place_was_held() {
+async fn the_time_of_an_owned_permit_is_not_a_sample() {
     let layer = ConcurrencyLimitLayer::adaptive(Knee::new(4, 1..=100).unwrap()).until_body_end();
     let (service, watch, slot, handle) = server(layer.upgrades());
     for number in 0..2000 {
@@ -249,7 +249,7 @@ async fn an_adaptive_limit_does_not_hear_how_long_a_place_was_held() {
 // ===== Permits without a call =====
 
 #[tokio::test(start_paused = true)]
-async fn a_place_is_acquired_by_hand_under_the_same_limit() {
+async fn a_permit_of_the_handle_counts_in_the_same_limit() {
     let layer = ConcurrencyLimitLayer::new(2).name("sockets");
     let (inner, watch) = Strict::holding();
     let (handle, service) = (layer.handle(), layer.layer(inner));
@@ -269,7 +269,7 @@ async fn a_place_is_acquired_by_hand_under_the_same_limit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_place_acquired_by_hand_does_not_overtake_who_waits() {
+async fn try_acquire_does_not_overtake_queued_callers() {
     let layer = ConcurrencyLimitLayer::new(1).queue(1, std::time::Duration::from_secs(9));
     let (inner, _watch) = Strict::holding();
     let (handle, service) = (layer.handle(), layer.layer(inner));
@@ -284,7 +284,7 @@ async fn a_place_acquired_by_hand_does_not_overtake_who_waits() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_place_acquired_by_hand_may_wait_for_its_turn() {
+async fn acquire_can_wait_in_the_queue() {
     let layer = ConcurrencyLimitLayer::new(1).queue(1, std::time::Duration::from_secs(9));
     let handle = layer.handle();
     let first = handle.acquire().await.unwrap();
@@ -303,7 +303,7 @@ async fn a_place_acquired_by_hand_may_wait_for_its_turn() {
 
 /// A permit that is reserved for a partition cannot be acquired with the handle either.
 #[tokio::test(start_paused = true)]
-async fn a_place_acquired_by_hand_is_not_what_is_kept_for_others() {
+async fn the_handle_does_not_acquire_reserved_permits() {
     let layer = ConcurrencyLimitLayer::new(2)
         .classify_by(|_: &Request<()>| CallClass::default().partition(0))
         .partitions(&[0.5]);
@@ -319,7 +319,7 @@ async fn a_place_acquired_by_hand_is_not_what_is_kept_for_others() {
 }
 
 #[test]
-fn places_go_to_any_thread() {
+fn owned_permits_can_move_to_any_thread() {
     fn goes<T: Send + Sync + 'static>() {}
     goes::<CallPermit>();
     goes::<OwnedPermit>();

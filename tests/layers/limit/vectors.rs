@@ -105,7 +105,7 @@ fn partitions(vector: &Value) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_are_replayed_or_excepted() {
+async fn every_vector_is_replayed_or_excepted() {
     let all: Value = serde_json::from_str(include_str!("../vectors/limit.json")).unwrap();
     let mut excepted: BTreeSet<_> = EXCEPTIONS.iter().map(|(id, _)| *id).collect();
     let mut replayed = 0;
