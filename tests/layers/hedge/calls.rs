@@ -252,14 +252,14 @@ async fn the_first_good_answer_wins_though_an_error_came_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_two_bad_answers_the_last_is_given_out() {
+async fn of_two_failed_responses_the_last_is_returned() {
     assert_eq!(run((15, Status(503)), (40, Status(502))).await, ("502".into(), 50, Some(true)));
     assert_eq!(run((90, Status(503)), (40, Status(502))).await, ("503".into(), 90, Some(false)));
     assert_eq!(run((90, Fails), (1, Status(502))).await, ("connection reset".into(), 90, None));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bad_answer_before_the_hedge_is_given_out_because_hedging_is_not_retrying() {
+async fn a_failed_response_before_the_hedge_attempt_is_returned() {
     for bad in [Status(503), Status(429), Status(500)] {
         let (answer, at, won) = run((9, bad), (0, Status(200))).await;
         assert_eq!((format!("Status({answer})"), at, won), (format!("{bad:?}"), 9, None));
@@ -281,14 +281,14 @@ async fn passes_through() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_error_comes_out_as_it_is() {
+async fn an_error_is_returned_unchanged() {
     let upstream = Upstream::new((0, Fails), (0, Status(200)));
     let error = call(&hedged(&upstream), get()).await.err().unwrap();
     assert!(error.is::<std::io::Error>());
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_grpc_answer_is_what_its_trailers_say() {
+async fn a_grpc_response_is_classified_by_its_trailers() {
     for (first, second, won, at) in [
         (Grpc("14"), Grpc("0"), true, 50),
         (Grpc("13"), Grpc("0"), true, 50),
@@ -336,7 +336,7 @@ async fn the_delay_is_measured_from_the_call() {
 
 /// A timer panics outside of a runtime. The layer creates its timer only after the first attempt is pending.
 #[test]
-fn an_answer_that_is_there_at_once_needs_no_timer() {
+fn a_response_at_the_first_poll_needs_no_timer() {
     let upstream = Upstream::new((0, Status(200)), (0, Status(500)));
     let mut service = hedged(&upstream);
     let response = ServiceExt::<Request<Empty<Bytes>>>::ready(&mut service)
@@ -436,7 +436,7 @@ async fn nothing_is_hedged_after_the_deadline() {
 // ===== The budget =====
 
 #[tokio::test(start_paused = true)]
-async fn the_budget_denies() {
+async fn the_budget_bounds_hedge_attempts() {
     // Each call deposits a tenth of a hedge attempt. The initial balance is 0.
     let budget = RetryBudget::with(0.1, 0, 10);
     let layer = HedgeLayer::http(DELAY).budget(budget.clone());
@@ -461,7 +461,7 @@ async fn the_budget_denies() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn by_default_five_in_a_hundred() {
+async fn the_default_budget_permits_ten_hedge_attempts_and_five_percent() {
     let upstream = Upstream::new((100, Status(200)), (0, Status(200)));
     let layer = HedgeLayer::http(DELAY);
     let service = layer.layer(upstream.clone());
@@ -493,7 +493,7 @@ async fn the_loser_is_dropped_at_once() {
 
 /// The failed response may hold the permit that the hedge attempt waits for.
 #[tokio::test(start_paused = true)]
-async fn a_bad_answer_gives_its_permit_to_the_hedge() {
+async fn a_failed_response_releases_its_permit_to_the_hedge_attempt() {
     let upstream = Upstream::new((15, Grpc("14")), (5, Status(200)));
     let limit = ConcurrencyLimitLayer::new(1).queue(1, ms(1000));
     let service =
@@ -508,7 +508,7 @@ async fn a_bad_answer_gives_its_permit_to_the_hedge() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hedge_under_a_retry_keeps_the_attempts_number() {
+async fn a_hedge_attempt_under_a_retry_has_the_number_of_its_attempt() {
     let upstream = Upstream::new((30, Status(503)), (30, Status(503)));
     let seen = Arc::new(Mutex::new(Vec::new()));
     let numbers = seen.clone();
@@ -536,7 +536,7 @@ async fn a_hedge_under_a_retry_keeps_the_attempts_number() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_retry_over_a_hedge_sends_the_body_again() {
+async fn a_retry_over_a_hedge_replays_the_body() {
     let upstream = Upstream::new((30, Status(503)), (30, Status(503)));
     let stack = ServiceBuilder::new().layer(RetryLayer::http()).layer(HedgeLayer::http(DELAY));
     let request = Request::put("/").body(Full::new(Bytes::from("ping"))).unwrap();
@@ -547,7 +547,7 @@ async fn a_retry_over_a_hedge_sends_the_body_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_hedge_harms_nobody() {
+async fn a_rejected_hedge_attempt_does_not_fail_the_call() {
     let upstream = Upstream::new((100, Status(200)), (0, Status(200)));
     let layer = HedgeLayer::http(DELAY);
     let stack = ServiceBuilder::new().layer(layer.clone()).layer(ConcurrencyLimitLayer::new(1));
@@ -565,7 +565,7 @@ async fn a_refused_hedge_harms_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_cancelled_call_drops_both_and_pays_back_what_was_not_sent() {
+async fn a_cancelled_call_drops_both_attempts_and_refunds_an_unsent_one() {
     let upstream = Upstream::new((100, Status(200)), (100, Status(200)));
     let layer = HedgeLayer::http(DELAY);
     let service = layer.layer(upstream.clone());
@@ -784,7 +784,7 @@ async fn handle_changes_a_running_layer_and_a_setter_does_not() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn bad_config_is_a_typed_error() {
+async fn invalid_setting_is_a_typed_error() {
     let error = HedgeLayer::http(Duration::ZERO).checked().unwrap_err();
     assert_eq!((error.field, &*error.value), ("delay", "0ns"));
     for bad in [f64::NAN, 0.0, -0.1, 50.0] {

@@ -28,7 +28,7 @@ async fn takes<S: Service<u64, Error = ()> + Clone>(service: &S, ms: u64) -> Dur
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_delay_is_the_percentile_of_late() {
+async fn the_delay_is_the_percentile_of_recent_latencies() {
     let calls = Arc::new(AtomicU64::new(0));
     let count = calls.clone();
     let layer = layer(0.9);
@@ -70,7 +70,7 @@ async fn the_delay_is_the_percentile_of_late() {
 }
 
 #[test]
-fn a_share_that_is_none_is_a_typed_error() {
+fn an_invalid_share_is_a_typed_error() {
     for share in [0.0, 1.0, -0.5, f64::NAN, 95.0] {
         let error = HedgeLayer::after_percentile(share).checked().unwrap_err();
         assert_eq!(error.field, "after_percentile", "{share}");

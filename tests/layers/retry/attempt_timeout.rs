@@ -32,7 +32,7 @@ fn slow_once(first: Duration) -> Inner {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_attempt_that_takes_too_long_is_tried_again() {
+async fn an_attempt_that_times_out_is_retried() {
     let inner = slow_once(Duration::from_secs(60));
     let log = inner.log.clone();
     let start = Instant::now();
@@ -46,7 +46,7 @@ async fn an_attempt_that_takes_too_long_is_tried_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_last_attempt_has_the_same_limit_and_its_error_says_so() {
+async fn the_last_attempt_has_the_same_timeout_and_its_error_names_it() {
     let inner = Inner::<ScriptBody>::with(|_, _| pending());
     let start = Instant::now();
     let result = send(&layer().layer(inner), get()).await;
@@ -65,7 +65,7 @@ async fn the_last_attempt_has_the_same_limit_and_its_error_says_so() {
 
 /// The timeout ends at the head, so it does not limit a stream.
 #[tokio::test(start_paused = true)]
-async fn a_body_has_no_limit() {
+async fn the_attempt_timeout_does_not_limit_a_body() {
     let inner: Inner = Inner::new(|_| {
         let late = ScriptBody::new([Piece::Pause(Duration::from_secs(60)), data("late")]);
         Ok(status(200).map(|_| late))

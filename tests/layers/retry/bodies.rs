@@ -69,7 +69,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
 
     #[test]
-    fn what_is_sent_again_is_what_was_sent(
+    fn replayed_body_equals_the_sent_body(
         // Few pieces, or so many that the saved request gathers them.
         sizes in prop_oneof![
             proptest::collection::vec(0usize..40, 0..7),
@@ -132,7 +132,7 @@ proptest! {
 // ===== Bodies above the cap =====
 
 #[tokio::test(start_paused = true)]
-async fn over_the_cap_it_keeps_streaming_and_loses_its_retries() {
+async fn a_body_over_the_cap_continues_and_is_not_retried() {
     let kib = || Piece::Data(Bytes::from(vec![7; 1024]));
     for answer in [503, 200] {
         let inner = Inner::<ScriptBody>::with(move |_, request| async move {
@@ -157,7 +157,7 @@ async fn over_the_cap_it_keeps_streaming_and_loses_its_retries() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn known_to_be_over_the_cap_it_is_not_copied() {
+async fn a_body_known_to_be_over_the_cap_is_not_saved() {
     let inner = Inner::<ScriptBody>::with(|_, request| async move {
         assert_eq!(request.body().size_hint().exact(), Some(11));
         let (data, end) = read(request.into_body()).await;
@@ -172,7 +172,7 @@ async fn known_to_be_over_the_cap_it_is_not_copied() {
 
 /// A body above the cap is not saved. It can be sent again until an attempt reads data of it.
 #[tokio::test(start_paused = true)]
-async fn an_untouched_post_is_repeated_whatever_its_size() {
+async fn an_unread_post_is_retried_whatever_its_size() {
     for touched in [false, true] {
         let inner = Inner::<ScriptBody>::with(move |n, request| async move {
             let mut body = request.into_body();
@@ -221,7 +221,7 @@ async fn a_body_still_streaming_is_not_sent_twice() {
 
 /// A connection reports its end before it drops the body. The reader of the old attempt is then cut off.
 #[tokio::test(start_paused = true)]
-async fn a_body_whose_stream_is_gone_is_taken_from_it() {
+async fn a_body_whose_connection_has_ended_is_taken_over() {
     type Error = fn() -> BoxError;
     let cases: [(Error, bool); 3] = [
         (|| io(std::io::ErrorKind::ConnectionReset), true),
@@ -267,7 +267,7 @@ async fn a_body_whose_stream_is_gone_is_taken_from_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_read_to_its_end_is_sent_again_though_it_is_held() {
+async fn a_body_read_to_its_end_is_replayed_although_it_is_not_dropped() {
     let held = Arc::new(Mutex::new(Vec::new()));
     let keep = held.clone();
     let inner = Inner::<ScriptBody>::with(move |n, request| {
@@ -288,7 +288,7 @@ async fn a_body_read_to_its_end_is_sent_again_though_it_is_held() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_that_errors_is_not_sent_again() {
+async fn a_body_that_fails_is_not_replayed() {
     let inner = Inner::<ScriptBody>::with(|_, request| async move {
         let mut body = request.into_body();
         assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "one");
@@ -303,7 +303,7 @@ async fn a_body_that_errors_is_not_sent_again() {
 
 /// The second attempt continues to read a slow body where the first one stopped.
 #[tokio::test(start_paused = true)]
-async fn a_pending_body_is_handed_on_with_its_waker() {
+async fn a_pending_body_is_taken_over_with_its_waker() {
     let inner = Inner::<ScriptBody>::with(|n, request| async move {
         let mut body = request.into_body();
         if n == 1 {
@@ -324,7 +324,7 @@ async fn a_pending_body_is_handed_on_with_its_waker() {
 
 /// The saved request is dropped with the call.
 #[tokio::test(start_paused = true)]
-async fn nothing_is_kept_after_the_call() {
+async fn the_saved_request_is_dropped_with_the_call() {
     let inner: Inner = Inner::new(|_| Ok(status(503)));
     let service = layer().layer(inner);
     let body = ScriptBody::text("kept").without_hints();
@@ -389,7 +389,7 @@ async fn data_of_other_types_is_copied_once() {
 /// The connection is reset, but the task that sends the body still reads it. The frames that this task reads during the
 /// delay must not be missing in the next attempt.
 #[tokio::test(start_paused = true)]
-async fn what_is_read_during_the_wait_is_not_lost() {
+async fn frames_that_are_read_during_the_delay_are_replayed() {
     let sent = Arc::new(Mutex::new(None));
     let told = sent.clone();
     let inner: Inner = Inner::with(move |n, request| {

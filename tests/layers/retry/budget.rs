@@ -51,7 +51,7 @@ async fn a_budget_of_60_70_or_90_percent_gives_60_70_or_90_and_not_100() {
 
 /// When all attempts fail, the load is 1.2 times the number of calls, plus the reserve.
 #[tokio::test(start_paused = true)]
-async fn the_default_budget_amplifies_an_outage_by_a_fifth_at_most() {
+async fn the_default_budget_amplifies_an_outage_by_a_fifth_or_less() {
     for gap in [0, 10] {
         let layer = RetryLayer::http().attempts(10).backoff(Backoff::constant(ms(0)));
         let inner: Inner = Inner::new(|_| Ok(status(503)));
@@ -95,7 +95,7 @@ async fn one_budget_for_two_layers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_reserve_trickles_and_is_capped() {
+async fn the_budget_grows_per_second_up_to_its_cap() {
     let budget = RetryBudget::with(0.2, 2, 30);
     assert_eq!(budget.balance(), 20.0, "the initial balance is the reserve of ten seconds");
     advance(Duration::from_secs(4)).await;
@@ -113,7 +113,7 @@ async fn the_reserve_trickles_and_is_capped() {
 
 /// Frequent withdrawals do not lose the fractions below a millionth of a retry.
 #[tokio::test(start_paused = true)]
-async fn the_trickle_does_not_dry_up_under_many_questions() {
+async fn frequent_withdrawals_do_not_lose_fractions_of_a_retry() {
     for (step, count) in [(999, 10_000), (1_500, 10_000), (1, 20_000)] {
         let budget = RetryBudget::with(0.2, 1, 100);
         (0..10).for_each(|_| budget.withdraw().unwrap().spend());
@@ -127,7 +127,7 @@ async fn the_trickle_does_not_dry_up_under_many_questions() {
 }
 
 #[test]
-fn many_threads_never_take_more_than_there_is() {
+fn many_threads_never_withdraw_more_than_the_balance() {
     for round in 0..20 {
         let budget = purse(500);
         let (start, granted) = (Barrier::new(8), AtomicU64::new(0));
@@ -196,7 +196,7 @@ proptest! {
     /// Compares the budget with a plain sum: it permits no more retries, and no fewer than the cap and the rounding
     /// allow.
     #[test]
-    fn retries_never_exceed_what_was_paid_in(
+    fn retries_never_exceed_the_deposits(
         ratio in 0.001f64..10.0,
         per_second in 0u32..50,
         cap in 1u32..200,
@@ -277,7 +277,7 @@ fn each_kind_of_failure_has_its_cost() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_preset_of_aws_costs_14_and_5_and_gives_the_last_one_back() {
+async fn the_preset_of_aws_withdraws_14_and_5_and_refunds_the_last_retry() {
     let budget = RetryBudget::aws();
     let layer = || RetryLayer::http().preset(RetryPreset::Aws).budget(budget.clone());
     let outage: Inner = Inner::new(|_| Ok(status(503)));
@@ -336,7 +336,7 @@ fn the_preset_of_grpc_uses_the_upper_half() {
 /// gRFC A6: the budget is charged for retryable failures and for a pushback that forbids a retry. It is not charged for
 /// other responses and for requests that no server has received.
 #[tokio::test(start_paused = true)]
-async fn the_preset_of_grpc_charges_failures_and_not_retries() {
+async fn the_preset_of_grpc_withdraws_for_failures_and_not_for_retries() {
     let balance_after = async |answer: fn(u32) -> Answer, request| {
         let budget = RetryBudget::grpc(100, 0.5);
         let layer = RetryLayer::grpc().preset(RetryPreset::Grpc).budget(budget.clone());

@@ -234,7 +234,7 @@ async fn inner_panic_releases() {
 
 /// A call runs the closures of the user. The panic of a closure ends this call only.
 #[tokio::test(start_paused = true)]
-async fn a_panic_in_a_users_closure_is_the_calls_alone() {
+async fn a_panic_in_a_closure_of_the_user_affects_only_its_call() {
     let budget = purse(5);
     let panics_once = || {
         let armed = Arc::new(AtomicBool::new(true));
@@ -272,7 +272,7 @@ async fn a_panic_in_a_users_closure_is_the_calls_alone() {
 
 /// The body panics while the lock of the saved request is held.
 #[tokio::test(start_paused = true)]
-async fn a_panicking_request_body_is_not_sent_again_and_breaks_nothing() {
+async fn a_request_body_that_panics_is_not_replayed() {
     let inner = Inner::<ScriptBody>::with(|_, request| async move {
         let read = tokio::spawn(read(request.into_body())).await;
         assert!(read.unwrap_err().is_panic());

@@ -27,7 +27,7 @@ async fn failing(layer: RetryLayer, request: Request<ScriptBody>) -> Attempts {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_wait_that_leaves_no_time_for_an_attempt_is_not_begun() {
+async fn a_delay_that_leaves_no_time_for_an_attempt_is_not_begun() {
     let start = Instant::now();
     for (time, made, stop) in [
         (109, 1, GiveUpReason::DeadlineTooNear),
@@ -47,7 +47,7 @@ async fn a_wait_that_leaves_no_time_for_an_attempt_is_not_begun() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hint_beyond_the_deadline_is_answered_now() {
+async fn a_hint_beyond_the_deadline_ends_the_call_at_once() {
     let inner: Inner = Inner::new(|_| Ok(with_headers(503, &[("retry-after", "3")])));
     let start = Instant::now();
     let response = send(&layer(ms(1)).layer(inner), within(ms(2999), get())).await.unwrap();
@@ -77,7 +77,7 @@ async fn attempt_after_a_hint_that_fits_has_time_before_the_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn readying_is_bounded_by_the_deadline() {
+async fn readiness_is_bounded_by_the_deadline() {
     let inner: Inner = Inner::new(|_| Ok(status(503)));
     let log = inner.log.clone();
     let budget = purse(9);
@@ -99,7 +99,7 @@ async fn readying_is_bounded_by_the_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_attempt_under_way_ends_with_the_deadline() {
+async fn an_attempt_in_flight_ends_with_the_deadline() {
     for (answered, limit, made) in [(0, None, 1), (1, None, 2), (0, Some(ms(100)), 3)] {
         let inner: Inner = Inner::with(move |n, _| async move {
             if n > answered {
@@ -134,7 +134,7 @@ async fn an_attempt_under_way_ends_with_the_deadline() {
 
 /// The retry layer and the outer deadline layer have the same deadline. The retry layer ends the call first.
 #[tokio::test(start_paused = true)]
-async fn who_set_the_deadline_says_how_it_is_told() {
+async fn the_retry_layer_ends_a_call_before_an_outer_layer_with_the_same_deadline() {
     let outer = || DeadlineLayer::new().default_of(ms(100));
     for shut in [false, true] {
         let inner = || {
@@ -177,7 +177,7 @@ async fn who_set_the_deadline_says_how_it_is_told() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_at_the_deadline_is_not_too_late() {
+async fn a_response_at_the_deadline_is_in_time() {
     let inner: Inner = Inner::with(|_, _| async {
         tokio::time::sleep(ms(250)).await;
         Ok(status(200))
@@ -188,7 +188,7 @@ async fn an_answer_at_the_deadline_is_not_too_late() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn reading_an_answer_away_leaves_time_for_the_next_attempt() {
+async fn draining_a_response_leaves_time_for_the_next_attempt() {
     let inner: Inner = Inner::new(|n| {
         let slow = ScriptBody::new([Piece::Pause(Duration::from_secs(60)), data("late")]);
         Ok(if n == 1 { status(503).map(|_| slow) } else { status(200) })
@@ -201,7 +201,7 @@ async fn reading_an_answer_away_leaves_time_for_the_next_attempt() {
 
 /// An outer layer may have queued the call for too long.
 #[tokio::test(start_paused = true)]
-async fn a_call_that_comes_after_its_deadline_is_not_begun() {
+async fn a_call_after_its_deadline_is_not_begun() {
     let inner: Inner = Inner::new(|_| Ok(status(200)));
     let (log, budget) = (inner.log.clone(), purse(9));
     let retry = layer(ms(0)).budget(budget.clone());
@@ -267,7 +267,7 @@ async fn inner_rejection_ends_the_call_at_once_with_or_without_a_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn wait_on_rejection_waits_if_the_rejection_states_a_time_that_fits() {
+async fn wait_on_rejection_waits_if_the_hint_of_the_rejection_fits() {
     for (after, deadline, made) in [
         (Some(ms(200)), Some(ms(1000)), 2),
         (Some(ms(200)), Some(ms(205)), 1),

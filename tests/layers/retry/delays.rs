@@ -45,7 +45,7 @@ async fn full_jitter_is_drawn_from_zero_to_the_cap() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_nth_wait_grows_up_to_its_maximum() {
+async fn the_nth_delay_grows_up_to_its_maximum() {
     let inner: Inner = Inner::new(|_| Ok(status(503)));
     let backoff = Backoff::exponential(ms(100)).factor(3.0).max(ms(500)).without_jitter();
     let service = layer().attempts(5).backoff(backoff).layer(inner);
@@ -79,7 +79,7 @@ async fn retry_after_is_a_lower_bound_with_jitter_upward() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn retry_after_as_a_date_counts_from_the_answers_own() {
+async fn retry_after_as_a_date_counts_from_the_date_of_the_response() {
     for date in [
         "Sun, 06 Nov 1994 08:49:37 GMT",
         "Sunday, 06-Nov-94 08:49:37 GMT",
@@ -145,7 +145,7 @@ async fn hint_above_the_maximum_wait_ends_the_call() {
 
 /// smithy-v21-retryafter-01 to -03: the delay is within `[t, t + 5 s]`.
 #[tokio::test(start_paused = true)]
-async fn a_hint_can_be_held_near_the_backoff() {
+async fn a_hint_can_be_bounded_by_the_backoff() {
     let base = Backoff::constant(ms(50)).without_jitter();
     let layer = layer().max_hint_extension(Duration::from_secs(5)).backoff(base);
     for (text, waited) in [("3", 3000), ("0", 50), ("10", 5050), ("400", 5050)] {
@@ -180,7 +180,7 @@ async fn extreme_settings_do_not_panic() {
 /// Retries without a delay of attempts that fail immediately would otherwise block the thread, and with it an outer
 /// timeout.
 #[test]
-fn retries_without_a_wait_let_others_run() {
+fn retries_without_a_delay_let_other_tasks_run() {
     let inner: Inner = Inner::new(|_| Ok(status(503)));
     let log = inner.log.clone();
     let layer = RetryLayer::http().attempts(10_000).backoff(Backoff::constant(ms(0)));

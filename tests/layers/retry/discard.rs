@@ -39,7 +39,7 @@ fn chunk(kib: usize) -> Piece {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_small_answer_is_read_to_its_end() {
+async fn a_small_response_is_drained() {
     let end = trailers(&[("x-sum", "1")]);
     for tells in [true, false] {
         let pieces = vec![chunk(1), Piece::Pause(ms(20)), chunk(30), end.clone()];
@@ -50,7 +50,7 @@ async fn a_small_answer_is_read_to_its_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_large_answer_is_dropped() {
+async fn a_large_response_is_dropped() {
     assert_eq!(
         discard(vec![chunk(65)], true).await,
         (0, 0, 0),
@@ -63,7 +63,7 @@ async fn a_large_answer_is_dropped() {
 
 /// This applies to a body of unknown length, too.
 #[tokio::test(start_paused = true)]
-async fn with_nothing_to_be_read_away_every_answer_is_dropped_at_once() {
+async fn without_drain_bytes_every_response_is_dropped_at_once() {
     for tells in [true, false] {
         let inner: Inner = Inner::new(move |n| {
             let body = ScriptBody::new([Piece::Pause(ms(40)), data("busy")]);
@@ -78,14 +78,14 @@ async fn with_nothing_to_be_read_away_every_answer_is_dropped_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_of_empty_frames_does_not_hold_us() {
+async fn the_drain_of_a_body_of_empty_frames_ends() {
     let (took, frames, bytes) = discard(vec![Piece::Endless(Bytes::new())], false).await;
     assert_eq!((took, bytes), (0, 0));
     assert!(frames <= 2048, "{frames}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stuck_body_is_waited_for_50_ms() {
+async fn the_drain_of_a_stuck_body_ends_after_50_ms() {
     let (took, frames, _) = discard(vec![chunk(1), Piece::Stuck], false).await;
     assert!((50..=51).contains(&took), "{took}");
     assert_eq!(frames, 1);
@@ -103,7 +103,7 @@ async fn an_erroring_body_is_dropped() {
 
 /// The time of the drain is part of the delay, not added to it.
 #[tokio::test(start_paused = true)]
-async fn draining_is_not_added_to_the_wait() {
+async fn the_time_of_the_drain_is_a_part_of_the_delay() {
     let inner: Inner = Inner::new(|n| {
         Ok(if n == 1 { status(503).map(|_| ScriptBody::new([Piece::Stuck])) } else { status(200) })
     });
@@ -116,7 +116,7 @@ async fn draining_is_not_added_to_the_wait() {
 /// The inner limit has one permit. Another call can acquire it during the delay, whether the discarded response is
 /// empty, stuck, too large, or an error.
 #[tokio::test(start_paused = true)]
-async fn the_limits_permit_is_free_during_the_backoff() {
+async fn the_permit_of_an_inner_limit_is_free_during_the_backoff() {
     type First = fn() -> Answer;
     let firsts: [First; 4] = [
         || Ok(status(503)),
@@ -142,7 +142,7 @@ async fn the_limits_permit_is_free_during_the_backoff() {
 
 /// The drain yields regularly, whatever its bound, so that its timer and other tasks run.
 #[tokio::test]
-async fn a_body_that_is_always_ready_lets_others_run() {
+async fn a_body_that_is_always_ready_lets_other_tasks_run() {
     let watched = Arc::new(Mutex::new(None));
     let seen = watched.clone();
     let inner: Inner = Inner::new(move |n| {

@@ -80,7 +80,7 @@ async fn resource_exhausted_is_retried_only_with_pushback() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn pushback_is_a_lower_bound_or_a_no() {
+async fn pushback_is_a_minimum_delay_or_forbids_the_retry() {
     for text in ["-1", "-9999999999999", "x", "", "1.5", "99999999999999999999"] {
         let unavailable = [("grpc-status", "14"), ("grpc-retry-pushback-ms", text)];
         let told = outcome(move || head(&unavailable)).await;
@@ -105,13 +105,13 @@ async fn pushback_is_a_lower_bound_or_a_no() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn once_a_message_is_here_the_answer_is_the_callers() {
+async fn a_response_with_a_message_is_returned() {
     let message = || body([data("message"), trailers(&[("grpc-status", "14")])]);
     assert_eq!(outcome(message).await.made, 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_frame_is_lost_by_looking_at_the_first() {
+async fn no_frame_is_lost_by_the_inspection_of_the_first() {
     let ok = trailers(&[("grpc-status", "0"), ("x-more", "1")]);
     for told in [true, false] {
         let ok = ok.clone();
@@ -139,7 +139,7 @@ async fn a_body_is_not_polled_after_its_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_that_breaks_off_at_once_is_given_out() {
+async fn a_body_that_fails_at_once_is_returned() {
     let inner: Inner = Inner::new(|_| Ok(body([Piece::Error])));
     let log = inner.log.clone();
     let response = send(&layer().layer(inner), post(ScriptBody::text("ask"))).await.unwrap();
@@ -148,7 +148,7 @@ async fn a_body_that_breaks_off_at_once_is_given_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_begins_late_is_not_held_back() {
+async fn a_stream_that_begins_late_is_returned_at_once() {
     let pieces =
         [Piece::Pause(Duration::from_secs(60)), data("late"), trailers(&[("grpc-status", "0")])];
     let inner: Inner = Inner::new(move |_| Ok(body(pieces.clone())));
@@ -165,7 +165,7 @@ async fn a_stream_that_begins_late_is_not_held_back() {
 
 /// gRPC-Web sends its trailers in the body. The layer does not wait for them.
 #[tokio::test(start_paused = true)]
-async fn grpc_web_is_not_looked_into() {
+async fn grpc_web_bodies_are_not_inspected() {
     let inner: Inner = Inner::new(|_| {
         let mut response = body([Piece::Pause(ms(5)), data("message")]);
         let web = "application/grpc-web+proto".parse().unwrap();
@@ -179,7 +179,7 @@ async fn grpc_web_is_not_looked_into() {
 
 /// The server may have processed the call. The layer repeats a call only if the server declares that it has not.
 #[tokio::test(start_paused = true)]
-async fn a_call_that_broke_off_is_not_repeated() {
+async fn a_call_whose_connection_failed_is_not_retried() {
     use std::io::ErrorKind as K;
     for kind in [K::TimedOut, K::ConnectionReset, K::BrokenPipe] {
         let inner: Inner = Inner::new(move |_| Err(io(kind)));
@@ -190,7 +190,7 @@ async fn a_call_that_broke_off_is_not_repeated() {
 
 /// Without `grpc()` a call is a `POST`, which is repeated only if it has an idempotency key.
 #[tokio::test(start_paused = true)]
-async fn the_http_layer_does_not_repeat_grpc_calls() {
+async fn the_http_layer_does_not_retry_grpc_calls() {
     let inner: Inner = Inner::new(|_| Ok(head(&[("grpc-status", "14")])));
     let service = RetryLayer::http().layer(inner);
     let response = send(&service, post(ScriptBody::text("ask"))).await.unwrap();
@@ -202,7 +202,7 @@ async fn the_http_layer_does_not_repeat_grpc_calls() {
 
 /// gRFC A6: the header counts the earlier attempts that a server may have received.
 #[tokio::test(start_paused = true)]
-async fn repeated_attempts_say_how_many_there_were() {
+async fn retries_carry_the_number_of_previous_attempts() {
     let told = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
     let log = told.clone();
     let inner = Inner::with(move |n, request| {

@@ -69,7 +69,7 @@ async fn housekeeping_beyond_five_retries_follows_the_ordinary_rules() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_maximum_of_five_transparent_retries_holds_for_the_whole_call() {
+async fn the_maximum_of_five_transparent_retries_applies_to_the_whole_call() {
     let (stale, failed) = (housekeeping(Reason::StaleConnection), Outcome::failure());
     let mut outcomes = vec![stale, stale, stale, failed, stale, stale, failed];
     outcomes.push(Outcome::success());

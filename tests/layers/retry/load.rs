@@ -105,7 +105,7 @@ async fn load(failing: f64, layer: RetryLayer) -> Load {
 }
 
 #[tokio::test(start_paused = true)]
-async fn retry_adds_a_tenth_at_most_to_an_outage_with_a_budget_of_a_tenth() {
+async fn retry_adds_a_tenth_or_less_to_an_outage_with_a_budget_of_a_tenth() {
     let Load { calls, attempts, succeeded, .. } =
         load(1.0, RetryLayer::http().budget(RetryBudget::with(0.1, 0, 100))).await;
     println!("all failing: {:.4} attempts a call", f64::from(attempts) / f64::from(calls));
@@ -116,7 +116,7 @@ async fn retry_adds_a_tenth_at_most_to_an_outage_with_a_budget_of_a_tenth() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn retry_adds_its_budget_and_its_reserve_at_most_whatever_share_fails() {
+async fn retry_adds_no_more_than_its_budget_and_its_reserve() {
     for (ratio, failing) in [(0.1, 1.0), (0.1, 0.6), (0.1, 0.2), (0.2, 1.0), (0.2, 0.5)] {
         let Load { calls, attempts, seconds, .. } =
             load(failing, RetryLayer::http().budget(RetryBudget::ratio(ratio))).await;
@@ -147,7 +147,7 @@ async fn retry_makes_98_of_100_calls_succeed_when_10_of_100_attempts_fail() {
 
 /// The random delays spread the retries of calls that failed at the same time.
 #[tokio::test(start_paused = true)]
-async fn retry_spreads_those_who_failed_together() {
+async fn retry_spreads_calls_that_failed_together() {
     fastrand::seed(7);
     let (start, arrivals) = (Instant::now(), RefCell::new(Vec::new()));
     let client = async |_| {

@@ -29,7 +29,7 @@ const UP: (u32, GiveUpReason) = (3, GiveUpReason::AttemptsUsedUp);
 const ANSWERED: (u32, GiveUpReason) = (1, GiveUpReason::Answered);
 
 #[tokio::test(start_paused = true)]
-async fn failures_are_added_and_taken_away() {
+async fn retry_on_and_never_on_change_the_retried_failures() {
     let also = || quick().retry_on(StatusCode::INTERNAL_SERVER_ERROR).retry_on(Reason::Error);
     assert_eq!(made(also(), get(), || Ok(status(500))).await, UP);
     assert_eq!(made(also(), get(), || Err(Oops("x").into())).await, UP);
@@ -56,7 +56,7 @@ async fn failures_are_added_and_taken_away() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_attempt_is_told_with_its_reason_and_the_wait_after_it() {
+async fn each_attempt_is_reported_with_its_reason_and_the_delay_after_it() {
     let answer = |n| match n {
         1 => Err(io(ErrorKind::ConnectionRefused)),
         2 => Ok(with_headers(503, &[("retry-after-ms", "700")])),
@@ -85,7 +85,7 @@ async fn each_attempt_is_told_with_its_reason_and_the_wait_after_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn grpc_statuses_too_in_head_and_trailers() {
+async fn grpc_statuses_are_matched_in_head_and_trailers() {
     let aborted = |in_head: bool| {
         let mut response = status(200);
         response.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
@@ -105,7 +105,7 @@ async fn grpc_statuses_too_in_head_and_trailers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_explicit_no_is_not_overruled() {
+async fn a_pushback_that_forbids_retries_is_not_overridden() {
     let no = [("grpc-retry-pushback-ms", "-1")];
     let layers =
         || [quick().retry_on(StatusCode::INTERNAL_SERVER_ERROR), quick().retry_if(|_| Some(true))];
@@ -133,7 +133,7 @@ async fn methods_replace_those_of_the_rfc() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_closure_has_the_last_word() {
+async fn a_closure_overrides_the_other_rules() {
     let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
     let log = seen.clone();
     let layer = quick().retry_if(move |seen| {
@@ -196,7 +196,7 @@ async fn each_kind_of_failure_has_its_own_limit() {
 
 /// The limit also applies to transparent retries.
 #[tokio::test(start_paused = true)]
-async fn a_limit_holds_for_what_nobody_has_seen_too() {
+async fn max_retries_for_applies_to_transparent_retries() {
     for (most, made) in [(0, 1), (1, 2), (3, 4)] {
         let layer = quick().attempts(10).max_retries_for(FailureKind::Unseen, most);
         let layer = layer
@@ -209,7 +209,7 @@ async fn a_limit_holds_for_what_nobody_has_seen_too() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn waits_of_the_users_own_end_the_attempts() {
+async fn a_backoff_of_the_user_can_end_the_attempts() {
     let layer = quick().attempts(9).backoff_with(|| [ms(10), ms(70)].into_iter());
     for _ in 0..2 {
         let inner: Inner = Inner::new(|_| Ok(status(503)));
@@ -219,7 +219,7 @@ async fn waits_of_the_users_own_end_the_attempts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_seed_makes_waits_that_a_test_can_know() {
+async fn a_seed_makes_delays_reproducible() {
     let backoff = Backoff::exponential(ms(100)).seed(42);
     let expected: Duration = backoff.delays().take(2).sum();
     for _ in 0..3 {

@@ -46,7 +46,7 @@ async fn these_statuses_are_retried_and_no_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn safe_methods_and_keyed_requests_are_repeated() {
+async fn safe_methods_and_keyed_requests_are_retried() {
     let methods = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
     let others = ["POST", "PATCH", "CONNECT", "PROPFIND", "get"];
     for method in methods.into_iter().chain(others) {
@@ -98,7 +98,7 @@ async fn each_attempt_is_the_same_request_with_its_number() {
 // ===== 1. The caller has seen a head =====
 
 #[tokio::test(start_paused = true)]
-async fn a_body_that_breaks_off_after_a_good_head_is_the_callers() {
+async fn a_body_error_after_a_regular_head_is_returned() {
     let inner: Inner =
         Inner::new(|_| Ok(status(200).map(|_| ScriptBody::new([data("half"), Piece::Error]))));
     let log = inner.log.clone();
@@ -112,7 +112,7 @@ async fn a_body_that_breaks_off_after_a_good_head_is_the_callers() {
 // ===== 2. An explicit instruction not to retry =====
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_of_our_own_ends_it() {
+async fn a_rejection_by_an_inner_layer_ends_the_call() {
     for kind in [RejectedKind::Open, RejectedKind::Full, RejectedKind::Unhealthy] {
         let rejected = move || Rejected::new(kind).with_retry_after(ms(1));
         let budget = purse(9);
@@ -182,7 +182,7 @@ async fn a_full_limit_ends_the_loop() {
 // ===== 3. Never received by a server =====
 
 #[tokio::test(start_paused = true)]
-async fn what_was_never_seen_is_repeated_uncharged_and_bounded() {
+async fn unsent_attempts_are_retried_without_withdrawal_and_bounded() {
     for reason in [Reason::NeverSent, Reason::RefusedStream, Reason::GoAway] {
         let budget = purse(9);
         let layer = quick(&budget)
@@ -209,7 +209,7 @@ async fn what_was_never_seen_is_repeated_uncharged_and_bounded() {
 
 /// A transparent retry does not count as an attempt, because no server has received the request.
 #[tokio::test(start_paused = true)]
-async fn one_attempt_alone_is_still_repeated_when_it_was_never_seen() {
+async fn a_single_attempt_has_transparent_retries() {
     let unseen = |_: Result<&(), &Oops>| Outcome::failure().because(Reason::RefusedStream);
     let layer = quick(&purse(9)).attempts(1).classify(unseen);
     let handle = layer.handle();
@@ -219,7 +219,7 @@ async fn one_attempt_alone_is_still_repeated_when_it_was_never_seen() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_post_is_repeated_when_no_connection_could_be_made() {
+async fn a_post_is_retried_when_no_connection_could_be_made() {
     for body in [ScriptBody::empty(), ScriptBody::text("x"), ScriptBody::text("x").without_hints()]
     {
         // The attempt fails before it touches the body.
@@ -270,7 +270,7 @@ async fn error_that_is_not_of_the_connection_is_not_retryable() {
 
 /// An inner timeout layer ends the attempt. The request is repeated if this is safe.
 #[tokio::test(start_paused = true)]
-async fn an_attempt_that_timed_out_is_repeated_if_safe() {
+async fn an_attempt_that_timed_out_is_retried_if_safe() {
     let inner = Inner::<ScriptBody>::with(|n, _| async move {
         if n < 3 { std::future::pending().await } else { Ok(status(200)) }
     });
@@ -290,7 +290,7 @@ async fn an_attempt_that_timed_out_is_repeated_if_safe() {
 type Case = (GiveUpReason, RetryLayer, http::Request<ScriptBody>, fn() -> Answer);
 
 #[tokio::test(start_paused = true)]
-async fn the_budget_is_never_charged_for_what_another_rule_refuses() {
+async fn the_budget_is_not_reduced_when_another_rule_prevents_the_retry() {
     fn busy() -> Answer {
         Ok(with_headers(503, &[("retry-after", "31")]))
     }
@@ -316,7 +316,7 @@ async fn the_budget_is_never_charged_for_what_another_rule_refuses() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_comes_back_says_what_happened() {
+async fn the_result_states_attempts_delay_and_reason() {
     let layer = || RetryLayer::http().backoff(Backoff::constant(ms(20)).without_jitter());
     let told = outcome(layer().budget(purse(1)), get(), || Ok(status(503))).await;
     assert_eq!((told.made, told.waited, told.stop), (2, ms(20), GiveUpReason::BudgetUsedUp));

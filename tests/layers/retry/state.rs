@@ -82,7 +82,7 @@ async fn setter_of_a_layer_in_use_does_not_change_its_services() {
 // ===== Configuration =====
 
 #[tokio::test(start_paused = true)]
-async fn bad_config_is_a_typed_error() {
+async fn invalid_setting_is_a_typed_error() {
     let backoff = Backoff::exponential(ms(50));
     let cases = [
         (RetryLayer::http().attempts(0), "attempts", "0"),

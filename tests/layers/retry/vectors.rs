@@ -53,7 +53,7 @@ fn vectors() -> Vec<Value> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn retry_vectors_hold_or_are_known_not_to_be_ours() {
+async fn every_retry_vector_is_replayed_or_listed() {
     let (mut ours, mut ids) = (0, BTreeSet::new());
     for vector in vectors() {
         let id = vector["id"].as_str().unwrap().to_owned();

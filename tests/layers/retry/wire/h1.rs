@@ -82,7 +82,7 @@ async fn a_stale_connection_is_not_safe_for_post_and_is_for_get() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_connection_is_tried_again_by_any_method() {
+async fn a_refused_connection_is_retried_for_any_method() {
     for method in [Method::POST, Method::GET] {
         let (seen, budget) = (AttemptContext::default(), purse(9));
         let connector = connector(&seen, |n, mut io, seen| {
@@ -102,7 +102,7 @@ async fn a_refused_connection_is_tried_again_by_any_method() {
 
 /// The task of the connection has ended. hyper returns the request unchanged.
 #[tokio::test(start_paused = true)]
-async fn a_request_that_was_never_sent_is_repeated_uncharged() {
+async fn an_unsent_request_is_retried_without_withdrawal() {
     let budget = RetryBudget::with(0.1, 0, 1);
     let inner = service_fn(|request: Request<ReplayBody<Full<Bytes>>>| async move {
         let (ours, mut theirs) = duplex(1024);
@@ -128,7 +128,7 @@ async fn a_request_that_was_never_sent_is_repeated_uncharged() {
 
 /// A small discarded response is drained, and its connection is reused. A large one closes its connection.
 #[tokio::test(start_paused = true)]
-async fn a_drained_answer_keeps_its_connection() {
+async fn the_connection_of_a_drained_response_is_reused() {
     for (kib, connections) in [(0, 1), (40, 1), (256, 3)] {
         let seen = AttemptContext::default();
         let connector = connector(&seen, move |_, mut io, seen| {
@@ -154,7 +154,7 @@ async fn a_drained_answer_keeps_its_connection() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_upload_whose_connection_breaks_is_begun_anew() {
+async fn an_upload_whose_connection_breaks_is_replayed() {
     for method in [Method::PUT, Method::POST] {
         let (seen, budget) = (AttemptContext::default(), purse(9));
         let connector = connector(&seen, move |n, mut io, seen| {

@@ -68,7 +68,7 @@ async fn over_h2(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_stream_is_repeated_by_any_method_uncharged() {
+async fn a_refused_stream_is_retried_for_any_method_without_withdrawal() {
     let refused = h2::Reason::REFUSED_STREAM;
     for method in [Method::POST, Method::GET, Method::PATCH] {
         for first in [First::Reset(refused), First::ResetLate(refused)] {
@@ -89,7 +89,7 @@ async fn a_refused_stream_is_repeated_by_any_method_uncharged() {
 
 /// The connection drops the body that it sends when the attempt ends.
 #[tokio::test(start_paused = true)]
-async fn a_refused_upload_is_begun_anew() {
+async fn an_upload_on_a_refused_stream_is_replayed() {
     let (seen, budget) = (AttemptContext::default(), purse(9));
     let refused = First::Reset(h2::Reason::REFUSED_STREAM);
     let connector = connector(&seen, move |_, io, seen| Some(h2_server(io, seen, refused)));
@@ -154,7 +154,7 @@ async fn goes_away(mut io: DuplexStream, seen: AttemptContext, last: u32, reason
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_above_goaways_last_is_repeated_uncharged() {
+async fn a_stream_above_the_last_id_of_goaway_is_retried_without_withdrawal() {
     // The last stream, the error code (it does not matter), and whether the request was not processed.
     for (last, reason, unseen) in [(0, 0, true), (1, 0, false), (0, 11, true), (1, 2, false)] {
         for method in [Method::POST, Method::GET] {
@@ -187,7 +187,7 @@ async fn a_stream_above_goaways_last_is_repeated_uncharged() {
 
 /// The transparent retries against a server that refuses every stream are bounded.
 #[tokio::test(start_paused = true)]
-async fn a_server_that_refuses_every_stream_is_left_alone_in_the_end() {
+async fn retries_end_if_the_server_refuses_every_stream() {
     let (seen, budget) = (AttemptContext::default(), purse(9));
     let streams = Arc::new(Mutex::new(0));
     let connector = connector(&seen, move |_, io, seen| {
