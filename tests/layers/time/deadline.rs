@@ -62,7 +62,7 @@ async fn seen_of(layer: DeadlineLayer, request: Request<Nothing>) -> (Option<Dur
 // ===== Sources and propagation =====
 
 #[tokio::test(start_paused = true)]
-async fn the_soonest_of_all_that_is_said() {
+async fn the_earliest_deadline_applies() {
     let grpc = ("content-type", "application/grpc");
     let layer = || DeadlineLayer::new().header(LEFT).default_of(secs(9));
     for (headers, extension, left) in [
@@ -100,7 +100,7 @@ async fn the_soonest_of_all_that_is_said() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn strangers_get_no_more_than_is_allowed_and_the_answer_its_way() {
+async fn headers_are_bounded_by_the_maximum_less_the_reserve() {
     let layer = || DeadlineLayer::new().header(LEFT).max(secs(5)).reserve(ms(20));
     assert_eq!(seen_of(layer(), with(&[(LEFT, "600000")])).await.0, Some(ms(4980)));
     assert_eq!(seen_of(layer(), with(&[(LEFT, "99999999999999999999")])).await.0, Some(ms(4980)));
@@ -286,7 +286,7 @@ async fn setter_of_a_layer_in_use_does_not_change_its_services() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn bad_settings_are_typed_errors() {
+async fn invalid_settings_are_typed_errors() {
     for (layer, field) in [
         (DeadlineLayer::new().default_of(ms(0)), "default_of"),
         (DeadlineLayer::new().max(ms(0)), "max"),
@@ -311,7 +311,7 @@ async fn bad_settings_are_typed_errors() {
 // ===== Enforcement =====
 
 #[tokio::test(start_paused = true)]
-async fn what_is_late_is_not_begun_and_what_is_under_way_is_ended() {
+async fn a_call_after_its_deadline_is_not_begun_and_a_call_in_flight_is_ended() {
     let (inner, watch) = Strict::holding();
     let layer = DeadlineLayer::new().default_of(secs(2)).name("search");
     let (handle, service) = (layer.handle(), layer.layer(inner));
@@ -331,7 +331,7 @@ async fn what_is_late_is_not_begun_and_what_is_under_way_is_ended() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn as_a_response_it_is_504_and_deadline_exceeded() {
+async fn the_response_to_a_passed_deadline_is_504_or_deadline_exceeded() {
     let (inner, _watch) = Strict::holding();
     let service = DeadlineLayer::new().default_of(secs(2)).respond().layer(inner);
     let response = service.clone().oneshot(request()).await.unwrap();
@@ -341,7 +341,7 @@ async fn as_a_response_it_is_504_and_deadline_exceeded() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_is_cut_at_it() {
+async fn a_stream_is_cut_off_at_the_deadline() {
     let service = DeadlineLayer::new()
         .default_of(secs(50))
         .layer(serve(|_: Request<_>| async { Ok(Response::new(Paced::every(secs(20), 9))) }));
@@ -351,7 +351,7 @@ async fn a_stream_is_cut_at_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_is_kept_also_when_a_call_further_in_is_dropped_that_would_have_woken_for_it() {
+async fn the_deadline_is_enforced_although_the_inner_call_with_the_timer_is_dropped() {
     let timed = TimeoutLayer::http()
         .layer(serve(|_: Request<_>| pending::<Result<Response<Nothing>, BoxError>>()));
     let dropping = serve(move |request: Request<Nothing>| {
@@ -372,7 +372,7 @@ async fn it_is_kept_also_when_a_call_further_in_is_dropped_that_would_have_woken
 /// After its first poll the inner call moves to another task. Its timer wakes that task, so the outer deadline layer
 /// needs its own timer.
 #[tokio::test(start_paused = true)]
-async fn it_is_kept_also_when_a_call_further_in_goes_on_in_another_task() {
+async fn the_deadline_is_enforced_although_the_inner_call_moves_to_another_task() {
     let timed = TimeoutLayer::http()
         .layer(serve(|_: Request<_>| pending::<Result<Response<Nothing>, BoxError>>()));
     let detaching = serve(move |request: Request<Nothing>| {
@@ -393,7 +393,7 @@ async fn it_is_kept_also_when_a_call_further_in_goes_on_in_another_task() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_requests_own_times_are_those_of_its_attempts() {
+async fn timeouts_of_a_request_apply_to_each_attempt() {
     let (inner, watch) = Strict::holding();
     let wait = Backoff::constant(secs(1)).without_jitter();
     let service = ServiceBuilder::new()
@@ -409,7 +409,7 @@ async fn a_requests_own_times_are_those_of_its_attempts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_kept_back_of_a_time_beyond_any_clock_leaves_the_rest() {
+async fn the_reserve_is_subtracted_from_a_time_beyond_the_clock() {
     let ages = Duration::from_millis(u64::MAX);
     let layer = DeadlineLayer::new().default_of(ages).reserve(ages - secs(5));
     assert_eq!(seen_of(layer, with(&[])).await.0, Some(secs(5)));
@@ -440,7 +440,7 @@ impl<F: Fn(Request<Nothing>)> Service<Request<Nothing>> for Blocks<F> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_blocks_in_a_call_sees_the_time_go_on() {
+async fn a_service_that_blocks_reads_the_current_time() {
     let inner = Blocks(secs(3), |request: Request<_>| {
         let deadline = Deadline::of(request.extensions()).unwrap();
         assert_eq!((deadline.left(), Deadline::after(secs(1)).left()), (secs(2), secs(1)));
@@ -459,7 +459,7 @@ async fn who_blocks_in_a_call_sees_the_time_go_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn so_do_the_calls_that_are_made_there() {
+async fn calls_of_a_service_that_blocks_read_the_current_time() {
     fn calls<L>(layer: L)
     where
         L: Layer<Blocks<fn(Request<Nothing>)>>,
@@ -484,7 +484,7 @@ async fn so_do_the_calls_that_are_made_there() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn and_the_bodies_that_are_read_there() {
+async fn bodies_read_by_a_service_that_blocks_end_at_the_deadline() {
     let streams = serve(|_| async { Ok(Response::new(Paced::at([Duration::ZERO; 9]))) });
     let streams = DeadlineLayer::new().default_of(secs(2)).layer(streams);
     let inner = Blocks(secs(3), move |_: Request<_>| {
@@ -501,7 +501,7 @@ async fn and_the_bodies_that_are_read_there() {
 // ===== Propagation only =====
 
 #[tokio::test(start_paused = true)]
-async fn one_that_is_only_said_is_said_alike_and_kept_by_nobody() {
+async fn a_propagated_deadline_is_written_alike_and_not_enforced() {
     let (seen, inner) = recording(200);
     let layer = DeadlineLayer::new().header(LEFT).default_of(secs(2)).propagate_only();
     let (handle, service) = (layer.handle(), layer.layer(inner));
@@ -520,7 +520,7 @@ async fn one_that_is_only_said_is_said_alike_and_kept_by_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_retry_and_the_timeout_keep_what_is_only_said() {
+async fn retry_and_timeout_enforce_a_propagated_deadline() {
     let limit = ConcurrencyLimitLayer::new(1).queue(9, secs(60));
     let places = limit.handle();
     let (inner, watch) = Strict::holding();
@@ -546,7 +546,7 @@ async fn the_retry_and_the_timeout_keep_what_is_only_said() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_is_cut_at_what_is_only_said() {
+async fn a_stream_is_cut_off_at_a_propagated_deadline() {
     let service = ServiceBuilder::new()
         .layer(DeadlineLayer::new().default_of(secs(50)).propagate_only())
         .layer(TimeoutLayer::http())
@@ -559,7 +559,7 @@ async fn a_stream_is_cut_at_what_is_only_said() {
 // ===== The remaining time in other layers =====
 
 #[tokio::test(start_paused = true)]
-async fn each_attempt_is_told_what_is_left_and_none_is_made_that_is_late() {
+async fn each_attempt_sends_the_time_left_and_none_begins_after_the_deadline() {
     let (seen, inner) = recording(503);
     let wait = Backoff::constant(ms(400)).without_jitter();
     let service = ServiceBuilder::new()
@@ -583,7 +583,7 @@ async fn each_attempt_is_told_what_is_left_and_none_is_made_that_is_late() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_queue_waits_no_longer_and_the_timeout_ends_it() {
+async fn a_queued_call_waits_until_the_deadline_and_the_timeout_ends_a_call_in_flight() {
     let breaker = CircuitBreakerLayer::new(Trip::consecutive(1));
     let limit = ConcurrencyLimitLayer::new(1).queue(9, secs(60));
     let (circuit, places) = (breaker.handle(), limit.handle());
@@ -612,7 +612,7 @@ async fn the_queue_waits_no_longer_and_the_timeout_ends_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_circuit_makes_no_probe_of_what_is_late_nor_lets_it_wait() {
+async fn a_circuit_rejects_a_call_after_its_deadline_in_half_open() {
     let breaker = CircuitBreakerLayer::new(Trip::consecutive(1))
         .open_for(secs(1))
         .half_open_queue(9, secs(60));

@@ -15,7 +15,7 @@ fn service() -> (Spawn<buttress::Timeout<Strict>>, Watch) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn readiness_is_the_inner_services_and_does_not_go_along_with_a_clone() {
+async fn readiness_is_that_of_the_inner_service_and_is_not_cloned() {
     let (mut service, watch) = service();
     assert_ready_ok!(service.poll_ready::<Request<Nothing>>());
     watch.set_ready(false);
@@ -35,7 +35,7 @@ async fn readiness_is_the_inner_services_and_does_not_go_along_with_a_clone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn dropped_at_any_point_it_holds_nothing() {
+async fn a_call_dropped_at_any_point_releases_the_inner_service() {
     for polls in [0, 1] {
         let (inner, watch) = Strict::holding();
         let mut call = task::spawn(TimeoutLayer::http().layer(inner).oneshot(request()));
@@ -48,7 +48,7 @@ async fn dropped_at_any_point_it_holds_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_panic_inside_goes_through_and_leaves_nothing_behind() {
+async fn a_panic_of_the_inner_service_propagates_and_releases_it() {
     for step in [Then::PanicInCall, Then::PanicInPoll] {
         let (inner, watch) = Strict::new();
         watch.script([step]);
@@ -59,7 +59,7 @@ async fn a_panic_inside_goes_through_and_leaves_nothing_behind() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_error_is_given_out_as_it_is() {
+async fn a_body_error_is_returned_unchanged() {
     let (inner, watch) = Strict::new();
     watch.script([Then::Answer(http::Response::new(ScriptBody::new([
         Piece::data("a"),

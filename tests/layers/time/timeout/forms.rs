@@ -13,7 +13,7 @@ fn asking(content: &'static str) -> Request<Nothing> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_answers_504_and_a_server_503() {
+async fn a_client_responds_504_and_a_server_503() {
     let (inner, _watch) = Strict::holding();
     let client = TimeoutLayer::http().respond().layer(inner.clone());
     let server = TimeoutLayer::server().respond().layer(inner.clone());
@@ -35,7 +35,7 @@ async fn a_client_answers_504_and_a_server_503() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn grpc_gets_deadline_exceeded_at_the_head_and_in_the_trailers() {
+async fn grpc_callers_receive_deadline_exceeded_in_the_head_or_in_the_trailers() {
     let (inner, watch) = Strict::holding();
     let service = TimeoutLayer::http().respond().layer(inner);
     let response = service.clone().oneshot(asking("application/grpc")).await.unwrap();
@@ -62,7 +62,7 @@ async fn grpc_gets_deadline_exceeded_at_the_head_and_in_the_trailers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn services_of_any_types() {
+async fn services_of_any_types_are_timed() {
     let service = tower::service_fn(|n: u64| async move {
         tokio::time::sleep(secs(n)).await;
         Ok::<_, Oops>(n)
@@ -77,7 +77,7 @@ async fn services_of_any_types() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_error_of_the_service_is_its_own() {
+async fn an_error_of_the_service_is_returned_unchanged() {
     let (inner, watch) = Strict::new();
     watch.script([Then::Fail(Oops("of its own"))]);
     let error = TimeoutLayer::http().layer(inner).oneshot(request()).await.unwrap_err();
@@ -85,7 +85,7 @@ async fn an_error_of_the_service_is_its_own() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_timeout_is_a_failure_and_a_silent_request_the_callers() {
+async fn a_timeout_is_a_failure_and_a_stalled_request_is_attributed_to_the_caller() {
     let of = |timeouts, body: Paced| async move {
         let layer = TimeoutLayer::new(timeouts);
         let service = layer.layer(serve(|request: Request<_>| async move {

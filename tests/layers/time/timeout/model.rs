@@ -113,7 +113,7 @@ proptest! {
     #![proptest_config(cases(1000))]
 
     #[test]
-    fn a_stream_is_cut_when_the_rules_say_so_and_never_else(case in case()) {
+    fn a_stream_is_cut_off_as_in_the_model(case in case()) {
         let builder = &mut tokio::runtime::Builder::new_current_thread();
         let runtime = builder.enable_time().start_paused(true).build().unwrap();
         prop_assert_eq!(runtime.block_on(seen(&case)), expected(&case));

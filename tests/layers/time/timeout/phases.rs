@@ -31,7 +31,7 @@ use crate::support::{Oops, Piece, ScriptBody, Strict, Then, hello, read, refused
 // ===== The head =====
 
 #[tokio::test(start_paused = true)]
-async fn a_head_that_is_late_ends_the_call_and_all_that_it_held() {
+async fn a_head_timeout_ends_the_call_and_releases_its_permits() {
     let limit = ConcurrencyLimitLayer::new(1);
     let (handle, (inner, watch)) = (limit.handle(), Strict::holding());
     let service = TimeoutLayer::new(Timeouts::new().head(secs(3))).layer(limit.layer(inner));
@@ -47,7 +47,7 @@ async fn a_head_that_is_late_ends_the_call_and_all_that_it_held() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_already_there_beats_the_timer() {
+async fn an_available_response_precedes_the_timer() {
     let (inner, watch) = Strict::holding();
     let service = TimeoutLayer::new(Timeouts::new().head(secs(3)).total(secs(3))).layer(inner);
     let mut call = task::spawn(service.oneshot(request()));
@@ -63,7 +63,7 @@ async fn an_answer_already_there_beats_the_timer() {
 }
 
 #[test]
-fn what_is_ready_makes_no_timer() {
+fn a_response_at_the_first_poll_creates_no_timer() {
     // A timer would panic, because there is no runtime.
     let (inner, _watch) = Strict::new();
     let service = TimeoutLayer::http().layer(inner);
@@ -76,7 +76,7 @@ fn what_is_ready_makes_no_timer() {
 // ===== The request =====
 
 #[tokio::test(start_paused = true)]
-async fn the_heads_time_begins_when_the_request_has_been_sent() {
+async fn the_timeout_of_the_head_begins_when_the_request_has_been_sent() {
     // The upload takes 100 s, with a frame every 2 s.
     for (thinking, late) in [(29, false), (31, true)] {
         let service = TimeoutLayer::http().layer(serve(
@@ -99,7 +99,7 @@ async fn the_heads_time_begins_when_the_request_has_been_sent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_body_that_nobody_wants_any_more_has_been_sent() {
+async fn a_dropped_request_body_has_been_sent() {
     let service =
         TimeoutLayer::http().layer(serve(|request: Request<SendingBody<Paced>>| async move {
             sleep(secs(100)).await;
@@ -112,7 +112,7 @@ async fn a_request_body_that_nobody_wants_any_more_has_been_sent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_falls_silent_while_it_is_asked_for_is_ended() {
+async fn a_request_body_that_stalls_while_it_is_polled_is_ended() {
     let layer = TimeoutLayer::http();
     let handle = layer.handle();
     let service = layer.layer(serve(|request: Request<SendingBody<Paced>>| async move {
@@ -130,7 +130,7 @@ async fn a_request_that_falls_silent_while_it_is_asked_for_is_ended() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_is_taken_slowly_is_not() {
+async fn a_request_body_that_is_read_slowly_is_not_ended() {
     let service =
         TimeoutLayer::http().layer(serve(|request: Request<SendingBody<Paced>>| async move {
             let mut body = request.into_body();
@@ -145,7 +145,7 @@ async fn a_request_that_is_taken_slowly_is_not() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_that_nobody_takes_more_of_is_ended_and_a_failure() {
+async fn a_request_body_that_is_no_longer_polled_is_a_failure() {
     let take = |frames: usize| async move {
         let layer = TimeoutLayer::http();
         let handle = layer.handle();
@@ -173,7 +173,7 @@ async fn one_that_nobody_takes_more_of_is_ended_and_a_failure() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_that_is_asked_for_in_vain_is_its_own_fault_however_long() {
+async fn without_request_idle_a_request_body_may_stall_for_any_time() {
     let layer = TimeoutLayer::http().request_idle(None);
     let service = layer.layer(serve(|request: Request<SendingBody<Paced>>| async move {
         request.into_body().collect().await?;
@@ -184,7 +184,7 @@ async fn one_that_is_asked_for_in_vain_is_its_own_fault_however_long() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_long_frame_is_taken_in_pieces_and_is_the_same() {
+async fn a_long_frame_is_split_into_pieces_without_a_change() {
     const LONG: usize = 200_000;
     let long: bytes::Bytes = (0..LONG).map(|n| n as u8).collect::<Vec<_>>().into();
     let whole = long.clone();
@@ -222,7 +222,7 @@ async fn a_long_frame_is_taken_in_pieces_and_is_the_same() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn once_the_answer_is_here_the_request_may_be_silent() {
+async fn a_request_body_may_stall_after_the_response_head() {
     // As in a bidirectional gRPC stream whose client only receives.
     let (told, mut read) = tokio::sync::mpsc::unbounded_channel();
     let service = TimeoutLayer::http().layer(serve(move |request: Request<SendingBody<Paced>>| {
@@ -266,7 +266,7 @@ async fn streaming(layer: TimeoutLayer, body: Paced) -> (usize, Duration, Option
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_phase_of_a_body_is_on_or_off_by_itself() {
+async fn each_phase_of_a_body_can_be_off() {
     let body = || Paced::at([5, 8, 11, 40].map(secs)).then_silent();
     let with = |timeouts| streaming(TimeoutLayer::new(timeouts), body());
     let none = Timeouts::new();
@@ -283,7 +283,7 @@ async fn each_phase_of_a_body_is_on_or_off_by_itself() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_frame_does_not_lengthen_a_silence_that_was_over() {
+async fn gaps_below_the_timeout_do_not_end_a_body() {
     // Twenty gaps, each just below the timeout, with one timer.
     let (frames, _, end) = streaming(
         TimeoutLayer::new(Timeouts::new().first_frame(secs(3)).response_idle(secs(3))),
@@ -294,7 +294,7 @@ async fn a_frame_does_not_lengthen_a_silence_that_was_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_reader_is_never_punished() {
+async fn a_slow_reader_is_never_timed_out() {
     let (inner, watch) = Strict::new();
     let pieces = ["a", "b", "c", "d"].map(Piece::data);
     watch.script([Then::Answer(Response::new(ScriptBody::new(pieces)))]);
@@ -320,7 +320,7 @@ async fn a_slow_reader_is_never_punished() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_always_has_another_frame_is_bounded_too() {
+async fn a_stream_that_always_has_another_frame_ends_at_the_total() {
     let (inner, watch) = Strict::new();
     let pieces = std::iter::repeat_n(Piece::data("x"), 1000);
     watch.script([Then::Answer(Response::new(ScriptBody::new(pieces)))]);
@@ -338,7 +338,7 @@ async fn a_stream_that_always_has_another_frame_is_bounded_too() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn trailers_and_size_hint_go_through() {
+async fn trailers_and_size_hint_are_forwarded() {
     let (inner, watch) = Strict::new();
     let pieces = [Piece::data("ab"), Piece::data("cde"), Piece::Trailers(trailers("7"))];
     watch.script([Then::Answer(Response::new(ScriptBody::new(pieces)))]);
@@ -390,7 +390,7 @@ async fn a_deadline_ends_the_call_and_its_body() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_past_its_deadline_is_not_begun() {
+async fn a_call_past_its_deadline_is_not_begun() {
     let (inner, watch) = Strict::new();
     let layer = TimeoutLayer::http();
     let handle = layer.handle();
@@ -438,7 +438,7 @@ async fn beside<T: Send + 'static>(call: impl Future<Output = T> + Send + 'stati
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_leaves_its_task_no_room_for_a_timer_is_late_all_the_same() {
+async fn a_call_that_exhausts_the_coop_budget_times_out() {
     let start = Instant::now();
     let service = TimeoutLayer::new(Timeouts::new().head(secs(3)))
         .layer(serve(|_| busy::<Result<Response<Nothing>, _>>()));
@@ -452,7 +452,7 @@ async fn a_call_that_leaves_its_task_no_room_for_a_timer_is_late_all_the_same() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn nor_is_an_answer_read_away_for_longer_that_leaves_none() {
+async fn the_drain_of_a_response_that_exhausts_the_coop_budget_ends() {
     let service = RetryLayer::http().backoff(Backoff::constant(ms(100))).layer(serve(
         |request: Request<_>| async move {
             let again = request.extensions().get::<Attempt>().is_some();
@@ -487,7 +487,7 @@ impl<B> Service<Request<B>> for Unready {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nor_is_anything_waited_for_longer_that_gets_ready_without_rest() {
+async fn a_service_that_exhausts_the_coop_budget_before_it_is_ready_times_out() {
     let inner = |is| Unready(Arc::new(AtomicBool::new(is)));
     // The limit is full when it is polled ready, so the call itself waits for the inner service.
     let limit = ConcurrencyLimitLayer::new(1).queue(1, secs(60));
@@ -512,7 +512,7 @@ async fn nor_is_anything_waited_for_longer_that_gets_ready_without_rest() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nor_is_its_body_timed_less() {
+async fn a_body_that_exhausts_the_coop_budget_times_out() {
     for (timeouts, phase) in [
         (Timeouts::new().first_frame(secs(3)), TimeoutPhase::FirstFrame),
         (Timeouts::new().total(secs(3)), TimeoutPhase::Total),

@@ -10,7 +10,7 @@ use crate::layers::time::fixtures::*;
 use crate::support::{Strict, refused_as};
 
 #[tokio::test(start_paused = true)]
-async fn a_request_has_times_of_its_own() {
+async fn a_request_can_carry_timeouts() {
     let (inner, _watch) = Strict::holding();
     let service = TimeoutLayer::http().total(secs(600)).layer(inner);
     for (own, phase, after) in [
@@ -47,7 +47,7 @@ async fn zero_timeout_of_a_request_is_rejected_as_that_of_a_layer() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_requests_own_times_hold_for_each_of_its_attempts() {
+async fn timeouts_of_a_request_apply_to_each_of_its_attempts() {
     let (inner, watch) = Strict::holding();
     let wait = buttress::Backoff::constant(secs(1)).without_jitter();
     let service = tower::ServiceBuilder::new()
@@ -117,7 +117,7 @@ async fn setter_of_a_layer_in_use_does_not_change_its_services() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_time_of_nothing_is_a_typed_error_and_refuses_calls() {
+async fn a_timeout_of_zero_is_a_typed_error_and_rejects_calls() {
     let layer = TimeoutLayer::http().response_idle(Duration::ZERO);
     let error = layer.clone().checked().unwrap_err();
     assert_eq!((error.field, error.value.as_str()), ("response_idle", "0ns"));
@@ -129,7 +129,7 @@ async fn a_time_of_nothing_is_a_typed_error_and_refuses_calls() {
 }
 
 #[test]
-fn times_are_whole_milliseconds_rounded_up_and_49_days_at_most() {
+fn times_are_whole_milliseconds_rounded_up_to_a_maximum_of_49_days() {
     let get = |time| Timeouts::new().total(time).get(TimeoutPhase::Total).unwrap();
     assert_eq!(get(Duration::from_nanos(1)), ms(1));
     assert_eq!(get(Duration::from_nanos(1_000_001)), ms(2));

@@ -13,7 +13,7 @@ use tower_http::map_request_body::MapRequestBodyLayer;
 use crate::layers::time::fixtures::*;
 
 #[tokio::test(start_paused = true)]
-async fn under_axum() {
+async fn a_timeout_works_under_axum() {
     let app: Router = Router::new()
         .route("/", get(|| async { "hello" }))
         .route("/late", get(|| async { sleep(secs(31)).await }))
@@ -63,7 +63,7 @@ where
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_servers_time_begins_when_the_request_is_here() {
+async fn the_timeout_of_a_server_begins_when_the_request_has_been_received() {
     let layer = || TimeoutLayer::server().min_body_rate(None).respond();
     let slow = || Paced::every(secs(2), 50);
     assert_eq!(answers(layer(), slow(), Some(secs(29))).await, (200, secs(129)));
@@ -78,7 +78,7 @@ async fn a_servers_time_begins_when_the_request_is_here() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tonic_servers_too() {
+async fn the_timeout_of_a_tonic_server_begins_when_the_request_has_been_received() {
     let service = serve(|request: Request<tonic::body::Body>| async move {
         request.into_body().collect().await?;
         sleep(secs(29)).await;
@@ -92,7 +92,7 @@ async fn a_tonic_servers_too() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn under_axum_with_its_uploads_watched() {
+async fn a_timeout_watches_uploads_under_axum() {
     let app: Router = Router::new().route("/", get(|body: String| async { body })).layer(
         ServiceBuilder::new()
             .layer(TimeoutLayer::new(Timeouts::http()).respond())
@@ -107,7 +107,7 @@ async fn under_axum_with_its_uploads_watched() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn around_a_tonic_client() {
+async fn a_timeout_works_around_a_tonic_client() {
     let channel = tonic::transport::Channel::from_static("http://127.0.0.1:1").connect_lazy();
     let channel = ServiceBuilder::new()
         .layer(TimeoutLayer::http().respond())
@@ -120,7 +120,7 @@ async fn around_a_tonic_client() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn under_a_tonic_server() {
+async fn a_timeout_works_under_a_tonic_server() {
     let (_reporter, health) = tonic_health::server::health_reporter();
     let router = tonic::transport::Server::builder()
         .layer(TimeoutLayer::server().respond())

@@ -48,7 +48,7 @@ async fn five_minutes_with_a_frame_every_20_seconds_pass_all_defaults() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_that_falls_silent_is_ended_after_the_idle_time_and_is_a_failure() {
+async fn a_stream_that_stalls_is_a_failure_after_the_idle_time() {
     let breaker = CircuitBreakerLayer::new(Trip::consecutive(2));
     let limit = ConcurrencyLimitLayer::new(1);
     let (circuit, places) = (breaker.handle(), limit.handle());
@@ -70,7 +70,7 @@ async fn one_that_falls_silent_is_ended_after_the_idle_time_and_is_a_failure() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_late_head_is_tried_again_where_that_is_safe() {
+async fn a_head_timeout_is_retried_where_that_is_safe() {
     let calls = Arc::new(Mutex::new(0));
     let inner = {
         let calls = calls.clone();
