@@ -17,7 +17,7 @@ fn one(conflicting: &str, fine: &str, sentence: &str) {
 }
 
 #[test]
-fn attempts_that_take_longer_than_the_deadline() {
+fn attempts_that_exceed_the_deadline_in_total_are_an_error() {
     one(
         "deadline_default = '10s'\ntimeout_head = '5s'",
         "deadline_default = '15s'\ntimeout_head = '5s'",
@@ -34,7 +34,7 @@ fn attempts_that_take_longer_than_the_deadline() {
 }
 
 #[test]
-fn more_attempts_than_the_breakers_threshold() {
+fn more_attempts_than_the_threshold_of_the_breaker_are_an_error() {
     one(
         "retry_attempts = 6",
         "retry_attempts = 5",
@@ -105,7 +105,7 @@ fn hedge_attempt_that_is_due_when_the_attempt_is_over_is_an_error() {
 }
 
 #[test]
-fn a_deadline_of_which_nothing_is_left() {
+fn reserve_that_leaves_no_time_before_the_deadline_is_an_error() {
     one(
         "deadline_default = '90s'\ndeadline_reserve = '90s'",
         "deadline_default = '90s'\ndeadline_reserve = '89s'",
@@ -118,7 +118,7 @@ fn a_deadline_of_which_nothing_is_left() {
 }
 
 #[test]
-fn a_wait_in_the_queue_beyond_the_deadline() {
+fn queue_wait_beyond_the_deadline_is_an_error() {
     let base = "deadline_default = '90s'\nconnect_queue_wait = '5s'\n";
     one(
         &format!("{base}limit_queue_wait = '2m'"),
@@ -149,7 +149,7 @@ fn maximum_idle_time_that_is_not_below_the_keep_alive_of_the_peer_is_an_error() 
 }
 
 #[test]
-fn a_retry_budget_that_can_never_pay() {
+fn retry_budget_that_never_permits_a_retry_is_an_error() {
     one(
         "retry_budget_ratio = 0.00001\nretry_budget_per_second = 0",
         "retry_budget_ratio = 0.00001\nretry_budget_per_second = 1",
@@ -168,7 +168,7 @@ fn a_retry_budget_that_can_never_pay() {
 }
 
 #[test]
-fn a_total_on_a_stream() {
+fn total_timeout_of_a_stream_is_an_error() {
     one(
         "streaming = true\ntimeout_total = '5m'",
         "streaming = true",
@@ -196,7 +196,7 @@ fn response_total_that_the_total_always_precedes_is_an_error() {
 }
 
 #[test]
-fn what_a_layer_itself_refuses_has_its_settings_name() {
+fn error_of_a_layer_names_the_key_of_the_setting() {
     for (toml, key) in [
         ("retry_attempts = 0", "retry_attempts"),
         ("limit_max = 0", "limit_max"),

@@ -14,7 +14,7 @@ fn search() -> Loader<ClientConfig> {
 }
 
 #[test]
-fn the_same_in_toml_json_and_an_environment() {
+fn toml_json_and_environment_load_the_same_settings() {
     let toml = "
         preset = 'internal'
         connect_max_total = 50
@@ -57,7 +57,7 @@ fn the_same_in_toml_json_and_an_environment() {
 }
 
 #[test]
-fn a_services_own_variables_go_before_the_common_ones_and_both_before_files() {
+fn variables_of_one_service_precede_common_ones_and_both_precede_files() {
     let env = [
         ("SEARCH_HTTP_CLIENT_CONNECT_MAX_TOTAL", "7"),
         ("HTTP_CLIENT_CONNECT_MAX_TOTAL", "50"),
@@ -115,7 +115,7 @@ fn unknown_key_is_an_error_with_a_suggestion_for_a_near_miss() {
 }
 
 #[test]
-fn all_that_is_wrong_is_told_at_once() {
+fn all_errors_are_reported_at_once() {
     let error = search()
         .toml("retry_attempts = -1\ntimeout_head = 'soon'\nstreaming = 3\npreset = 'fast'")
         .env_from([("HTTP_CLIENT_LIMIT_MAX", "many")])
@@ -143,7 +143,7 @@ fn all_that_is_wrong_is_told_at_once() {
 }
 
 #[test]
-fn what_is_empty_or_no_utf_8_or_said_twice_is_told() {
+fn empty_and_repeated_settings_are_errors() {
     let told = |loader: Loader<ClientConfig>| loader.finish().unwrap_err().to_string();
     for (name, wants) in [
         ("RETRY_ATTEMPTS", "a whole number, 0 or more"),
@@ -172,7 +172,7 @@ fn what_is_empty_or_no_utf_8_or_said_twice_is_told() {
 
 #[cfg(unix)]
 #[test]
-fn an_environment_that_is_no_utf_8_is_told_and_others_variables_are_let_be() {
+fn variable_that_is_not_utf_8_is_an_error_only_with_the_prefix() {
     use std::{ffi::OsString, os::unix::ffi::OsStringExt};
 
     let odd = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
@@ -192,7 +192,7 @@ fn an_environment_that_is_no_utf_8_is_told_and_others_variables_are_let_be() {
 }
 
 #[test]
-fn files_of_both_kinds() {
+fn toml_and_json_files_are_loaded() {
     let folder = std::env::temp_dir().join(format!("buttress-config-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let (toml, json) = (folder.join("client.toml"), folder.join("client.json"));
@@ -207,7 +207,7 @@ fn files_of_both_kinds() {
 }
 
 #[test]
-fn a_layers_settings_stand_alone_too() {
+fn settings_of_a_single_layer_can_be_read_alone() {
     let timeout: TimeoutConfig = toml::from_str("head = '2s'\ntotal = 9").unwrap();
     assert_eq!(
         (timeout.head, timeout.total, timeout.response_idle),
@@ -250,7 +250,7 @@ fn toml_of(config: &TimeoutConfig) -> String {
 }
 
 #[test]
-fn presets_work_as_they_are_and_are_told_apart() {
+fn presets_are_valid_and_differ() {
     for preset in [ConfigPreset::Internal, ConfigPreset::Slow, ConfigPreset::Llm] {
         ClientConfig::preset(preset).check().unwrap();
         ServerConfig::preset(preset).check().unwrap();
@@ -292,7 +292,7 @@ fn streaming_turns_off_limits_for_slow_clients_of_a_server_unless_they_are_set()
 }
 
 #[test]
-fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
+fn explain_lists_the_stack_outermost_first_with_the_source_of_each_value() {
     let mut config = search()
         .preset(ConfigPreset::Llm)
         .toml("[retry]\nattempts = 2")

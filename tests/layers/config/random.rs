@@ -161,7 +161,7 @@ fn is_told(errors: &ConfigErrors, keys: &[String]) -> Result<(), TestCaseError> 
 }
 
 #[test]
-fn fuzz_a_random_client_works_or_says_why_not() {
+fn fuzz_random_client_works_or_is_an_error() {
     let keys = keys(&ClientConfig::default());
     let built = RefCell::new(BTreeSet::new());
     let cases = cases(MANY);
@@ -242,7 +242,7 @@ fn client_works(config: &ClientConfig, keys: &[String]) -> Result<bool, TestCase
 }
 
 #[test]
-fn fuzz_a_random_server_works_or_says_why_not() {
+fn fuzz_random_server_works_or_is_an_error() {
     let keys = keys(&ServerConfig::default());
     let built = RefCell::new(BTreeSet::new());
     let cases = cases(MANY);
@@ -283,7 +283,7 @@ proptest! {
     #![proptest_config(cases(1000))]
 
     #[test]
-    fn fuzz_any_text_is_read_or_refused(text in ".{0,200}", table in "([a-z_.]{1,9}( = |\\]|\\[|\n|[0-9'\"]{1,3}){1,4}){0,9}") {
+    fn fuzz_any_text_is_read_or_rejected(text in ".{0,200}", table in "([a-z_.]{1,9}( = |\\]|\\[|\n|[0-9'\"]{1,3}){1,4}){0,9}") {
         for text in [text, table] {
             let _ = ClientConfig::from_toml(&text);
             let _ = ClientConfig::from_json(&text);
@@ -291,7 +291,7 @@ proptest! {
     }
 
     #[test]
-    fn fuzz_any_variable_is_read_or_refused(name in "(A_)?(HTTP_CLIENT_)?[A-Z_]{0,9}.{0,9}", value in ".{0,40}") {
+    fn fuzz_any_variable_is_read_or_rejected(name in "(A_)?(HTTP_CLIENT_)?[A-Z_]{0,9}.{0,9}", value in ".{0,40}") {
         let ours = name.starts_with("HTTP_CLIENT_") || name.starts_with("A_HTTP_CLIENT_");
         let read = ClientConfig::load("a").env_from([(name, value)]).finish();
         prop_assert!(ours || read.is_ok(), "foreign variables are ignored");
@@ -300,7 +300,7 @@ proptest! {
 
 /// Values that only a program can set, because no file can contain them.
 #[test]
-fn numbers_that_only_a_program_can_set_are_refused_too() {
+fn numbers_that_only_code_can_set_are_checked_too() {
     for bad in [f64::NAN, f64::INFINITY, -1.0, 1e308] {
         let mut config = ClientConfig::preset(ConfigPreset::Internal);
         config.retry.budget_ratio = bad;

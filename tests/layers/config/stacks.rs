@@ -135,7 +135,7 @@ async fn response_total_is_a_setting_that_is_explained_and_can_change_while_the_
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_stack_counts_what_comes_of_its_calls() {
+async fn a_client_stack_counts_the_outcomes_of_its_calls() {
     let config = ClientConfig::load("search")
         .toml("breaker_failures = 3\nbreaker_open_for = '5s'\ntimeout_head = '6s'\nretry_backoff = '1ms'")
         .finish()
@@ -217,7 +217,7 @@ enum Fate {
 }
 
 #[tokio::test(start_paused = true)]
-async fn whatever_becomes_of_calls_the_figures_add_up() {
+async fn counts_of_all_outcomes_add_up() {
     use Fate::*;
     const FATES: [Fate; 10] = [
         Answered(200),
@@ -284,7 +284,7 @@ async fn whatever_becomes_of_calls_the_figures_add_up() {
 /// Inner layers enforce the deadline in every phase of a call: at the service, in the body, in the queue and before its
 /// start. The error and the counters state the phase.
 #[tokio::test(start_paused = true)]
-async fn a_deadline_is_kept_in_whatever_phase_a_call_is() {
+async fn a_deadline_is_enforced_in_every_phase_of_a_call() {
     let off = "timeout_head = 'off'\ntimeout_request_idle = 'off'\ntimeout_request_stall = 'off'\n\
                timeout_first_frame = 'off'\ntimeout_response_idle = 'off'\nlimit_max = 1\ndeadline_default = '6s'";
     for attempts in [1, 3] {
@@ -331,7 +331,7 @@ async fn a_deadline_is_kept_in_whatever_phase_a_call_is() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn settings_change_while_it_runs_and_what_cannot_is_told() {
+async fn update_changes_live_settings_and_returns_the_others() {
     let base = "retry_attempts = 1\ndeadline_default = '50s'\nlimit_max = 1\nlimit_queue = 0";
     let config = ClientConfig::from_toml(base).unwrap();
     let stack = ClientStack::new(&config).unwrap();
@@ -404,7 +404,7 @@ async fn settings_change_while_it_runs_and_what_cannot_is_told() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_call_gets_a_second_copy_where_that_is_said_and_nowhere_else() {
+async fn a_slow_call_is_hedged_only_with_a_delay_or_a_percentile() {
     let told = ["hedge_after = '80ms'", "hedge_percentile = 0.9", "hedge_budget_ratio = 0.5"];
     for (toml, slow, hedges) in [(told[0], 80, 1), (told[1], 1, 1), (told[2], 9000, 0)] {
         let config = ClientConfig::from_toml(toml).unwrap();
@@ -434,7 +434,7 @@ async fn a_slow_call_gets_a_second_copy_where_that_is_said_and_nowhere_else() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stack_with_everything_off_lets_everything_through() {
+async fn a_stack_with_every_layer_off_forwards_every_call() {
     let off = [
         "deadline_default",
         "breaker_failures",
@@ -460,7 +460,7 @@ async fn a_stack_with_everything_off_lets_everything_through() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_stack_waits_for_uploads_and_for_no_handler_that_hangs() {
+async fn a_server_stack_waits_for_uploads_but_not_for_hung_handlers() {
     let stack = buttress::server(&ServerConfig::default()).unwrap();
     let handle = stack.handle();
     let app: Router = Router::new()
@@ -492,7 +492,7 @@ async fn a_server_stack_waits_for_uploads_and_for_no_handler_that_hangs() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_stack_under_axum() {
+async fn a_server_stack_works_under_axum() {
     let config = "limit_max = 1\nlimit_queue = 0\ntimeout_head = '3s'\ndeadline_header = 'x-left'";
     let stack = buttress::server(&ServerConfig::from_toml(config).unwrap()).unwrap();
     let handle = stack.handle();
@@ -525,7 +525,7 @@ async fn a_server_stack_under_axum() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_tells_a_passed_deadline_alike_wherever_it_passes() {
+async fn a_server_reports_a_passed_deadline_alike_in_every_layer() {
     let config = "limit_max = 1\ndeadline_header = 'x-left'";
     let stack = buttress::server(&ServerConfig::from_toml(config).unwrap()).unwrap();
     let handle = stack.handle();

@@ -120,7 +120,7 @@ async fn five_minutes_with_a_frame_every_20_seconds_pass_whole_stacks_as_they_ar
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reader_that_takes_an_hour_for_a_frame_is_not_punished_by_whole_stacks() {
+async fn a_reader_that_takes_an_hour_for_a_frame_is_not_ended_by_whole_stacks() {
     for both in all() {
         let ((frames, took, why), client, server) = both.read("/ends", secs(3600)).await;
         assert_eq!((frames, why), (15, None));
@@ -132,7 +132,7 @@ async fn a_reader_that_takes_an_hour_for_a_frame_is_not_punished_by_whole_stacks
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_falls_silent_is_a_failure_after_the_idle_time_of_whole_stacks() {
+async fn a_stream_that_stalls_is_a_failure_after_the_idle_time_of_whole_stacks() {
     for both in all() {
         let idle = both.client.timeout.response_idle.unwrap();
         let ((frames, took, why), client, server) = both.read("/silent", Duration::ZERO).await;
@@ -145,7 +145,7 @@ async fn a_stream_that_falls_silent_is_a_failure_after_the_idle_time_of_whole_st
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_through_the_preset_of_services_near_by_is_cut_at_its_deadline() {
+async fn a_stream_through_the_preset_internal_is_cut_off_at_its_deadline() {
     let both = Both {
         client: ClientConfig::preset(ConfigPreset::Internal),
         server: ServerConfig::default(),

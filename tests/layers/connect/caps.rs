@@ -16,7 +16,7 @@ use crate::support::{rejection, settle};
 const SECOND: Duration = Duration::from_secs(1);
 
 #[tokio::test(start_paused = true)]
-async fn two_hundred_callers_through_fifty_connections_all_get_their_answer() {
+async fn two_hundred_callers_through_fifty_connections_all_receive_a_response() {
     let (layer, pipes) = (ConnectLayer::new().max_per_host(50), Pipes::default());
     let (client, handle) = (client(&layer, &pipes), layer.handle());
     for _ in 0..5 {
@@ -72,7 +72,7 @@ async fn connections_to_all_hosts_together_are_capped() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_idle_connection_makes_room_for_another_host_that_waits() {
+async fn an_idle_connection_is_closed_for_another_host_that_waits() {
     let layer = ConnectLayer::new().max_total(2).max_idle(None);
     let pipes = Pipes::default();
     let (client, handle) = (client(&layer, &pipes), layer.handle());
@@ -103,7 +103,7 @@ async fn an_idle_connection_makes_room_for_another_host_that_waits() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_that_waits_is_made_room_for() {
+async fn an_idle_connection_is_closed_for_each_host_that_waits() {
     let layer = ConnectLayer::new().max_total(3).max_idle(None);
     let pipes = Pipes::default();
     let (client, handle) = (client(&layer, &pipes), layer.handle());
@@ -118,7 +118,7 @@ async fn each_that_waits_is_made_room_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_that_was_made_for_nobody_makes_room_as_well() {
+async fn a_connection_that_no_call_uses_is_closed_for_another_host() {
     let layer = ConnectLayer::new().max_total(2).max_idle(None);
     let pipes = Pipes::gated();
     let (client, handle) = (client(&layer, &pipes), layer.handle());
@@ -181,7 +181,7 @@ async fn caps_are_resized_while_they_are_reached() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn over_http2_many_calls_share_the_one_connection_there_may_be() {
+async fn many_http2_calls_share_the_single_connection_within_the_cap() {
     let layer = ConnectLayer::new().max_per_host(1).queue(0, SECOND);
     let pipes = Pipes::default();
     let (client, handle) = (http2(&layer, &pipes), layer.handle());
@@ -201,7 +201,7 @@ async fn over_http2_many_calls_share_the_one_connection_there_may_be() {
 
 /// Before the first connection is established, the layer does not know that calls will share it.
 #[tokio::test(start_paused = true)]
-async fn calls_that_wait_go_as_soon_as_a_connection_turns_out_to_be_http2() {
+async fn waiting_calls_are_sent_as_soon_as_a_connection_is_known_to_be_http2() {
     let layer = ConnectLayer::new().max_per_host(2).max_total(2);
     let (pipes, down) = (Pipes::gated(), Pipes::default());
     let (http1, handle) = (client(&layer, &down), layer.handle());
@@ -228,7 +228,7 @@ async fn calls_that_wait_go_as_soon_as_a_connection_turns_out_to_be_http2() {
 }
 
 #[test]
-fn settings_that_cannot_work_are_told() {
+fn invalid_settings_are_errors() {
     let field = |layer: ConnectLayer| layer.checked().unwrap_err().field;
     assert_eq!(field(ConnectLayer::new().max_per_host(0)), "max_per_host");
     assert_eq!(field(ConnectLayer::new().max_total(0)), "max_total");
@@ -244,7 +244,7 @@ fn settings_that_cannot_work_are_told() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stack_built_without_asking_refuses_to_connect() {
+async fn a_layer_with_an_invalid_setting_rejects_connects() {
     let (layer, pipes) = (ConnectLayer::new().max_total(0), Pipes::default());
     let error = ask(&client(&layer, &pipes), "http://a/").await.unwrap_err();
     assert_eq!(rejection(&error).kind(), RejectedKind::Misconfigured);

@@ -22,7 +22,7 @@ fn exact() -> ConnectLayer {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_idle_connection_is_closed_in_time() {
+async fn an_idle_connection_is_closed_at_its_maximum_idle_time() {
     for connect in [client, http2] {
         let layer = exact().max_idle(SECOND);
         let pipes = Pipes::default();
@@ -44,7 +44,7 @@ async fn an_idle_connection_is_closed_in_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_old_connection_is_closed_when_nobody_uses_it() {
+async fn an_old_connection_is_closed_when_it_is_not_in_use() {
     for connect in [client, http2] {
         let layer = exact().max_age(10 * SECOND).max_idle(None);
         let pipes = Pipes::default();
@@ -82,7 +82,7 @@ async fn a_connection_in_use_is_never_cut_for_its_age() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_old_connection_that_is_never_idle_is_not_used_again() {
+async fn an_old_connection_that_is_never_idle_is_not_reused() {
     for connect in [client, http2] {
         let layer = exact().max_age(10 * SECOND).max_per_host(2).queue(100, 60 * SECOND);
         let pipes = Pipes::default();
@@ -103,7 +103,7 @@ async fn an_old_connection_that_is_never_idle_is_not_used_again() {
 
 /// Otherwise one long stream would lock out every other call.
 #[tokio::test(start_paused = true)]
-async fn an_old_connection_serves_on_where_there_is_no_room_for_another() {
+async fn an_old_connection_takes_calls_while_the_caps_permit_no_other() {
     for caps in [(1, 9), (9, 1)] {
         let layer = exact().max_age(10 * SECOND).max_per_host(caps.0).max_total(caps.1);
         let pipes = Pipes::default();
@@ -126,7 +126,7 @@ async fn an_old_connection_serves_on_where_there_is_no_room_for_another() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn connections_that_were_made_at_once_do_not_end_at_once() {
+async fn connections_opened_at_the_same_time_close_at_different_times() {
     let layer = ConnectLayer::new().max_age(100 * SECOND).max_idle(None).jitter(0.5);
     let pipes = Pipes::default();
     let (client, handle) = (client(&layer, &pipes), layer.handle());
@@ -147,7 +147,7 @@ async fn connections_that_were_made_at_once_do_not_end_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn renewed_connections_end_their_calls_first() {
+async fn recycled_connections_close_after_their_calls() {
     for connect in [client, http2] {
         let (layer, pipes) = (exact(), Pipes::default());
         let (client, handle) = (connect(&layer, &pipes), layer.handle());
@@ -165,7 +165,7 @@ async fn renewed_connections_end_their_calls_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_renewed_before_its_first_call_serves_it() {
+async fn a_connection_recycled_before_its_first_call_serves_that_call() {
     let (layer, pipes) = (exact(), Pipes::gated());
     let (client, handle) = (client(&layer, &pipes), layer.handle());
     let first = tokio::spawn(client.request(request("http://a/")));
@@ -181,7 +181,7 @@ async fn a_connection_renewed_before_its_first_call_serves_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_that_was_handed_over_is_left_alone() {
+async fn an_upgraded_connection_is_not_closed_for_its_age_or_idle_time() {
     let layer = exact().max_age(10 * SECOND).max_idle(SECOND);
     let pipes = Pipes::default();
     let (client, handle) = (client(&layer, &pipes), layer.handle());
@@ -205,7 +205,7 @@ async fn a_connection_that_was_handed_over_is_left_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_the_client_nobody_knows_what_is_idle_and_nothing_is_cut() {
+async fn connections_of_other_clients_are_not_closed_for_their_age_or_idle_time() {
     let layer = exact().max_age(10 * SECOND).max_idle(SECOND);
     let pipes = Pipes::default();
     let connector = tower::Layer::layer(&layer, pipes.clone());
@@ -219,7 +219,7 @@ async fn without_the_client_nobody_knows_what_is_idle_and_nothing_is_cut() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_long_stream_keeps_its_http2_connection_in_the_pool() {
+async fn the_http2_connection_of_a_long_stream_stays_in_the_pool() {
     let layer = exact().max_per_host(1).max_idle(SECOND).queue(9, SECOND);
     let pipes = Pipes::default();
     let (client, handle) = (http2(&layer, &pipes), layer.handle());
@@ -232,7 +232,7 @@ async fn a_long_stream_keeps_its_http2_connection_in_the_pool() {
 
 /// As after a stall: the task of the connection has not run, so the connection is not closed yet.
 #[tokio::test(start_paused = true)]
-async fn a_connection_whose_time_was_over_unnoticed_is_not_used() {
+async fn a_connection_whose_time_ended_before_its_task_ran_is_not_used() {
     let layer = exact().max_idle(SECOND);
     let pipes = Pipes::default();
     let (client, handle) = (client(&layer, &pipes), layer.handle());
@@ -248,7 +248,7 @@ async fn a_connection_whose_time_was_over_unnoticed_is_not_used() {
 
 /// As behind a NAT that has dropped its mapping: the client observes no end of the connection and receives no response.
 #[tokio::test(start_paused = true)]
-async fn no_request_hangs_on_a_connection_that_died_without_a_word() {
+async fn no_request_hangs_on_a_connection_that_a_nat_has_dropped() {
     const FORGOTTEN: Duration = Duration::from_secs(5);
 
     async fn answer(mut io: DuplexStream) {

@@ -14,7 +14,7 @@ use crate::support::{rejection, settle};
 const SECOND: Duration = Duration::from_secs(1);
 
 #[tokio::test(start_paused = true)]
-async fn who_came_first_connects_first() {
+async fn first_caller_connects_first() {
     let layer = ConnectLayer::new().max_per_host(1);
     let pipes = Pipes::default();
     let connector = layer.layer(pipes.clone());
@@ -38,7 +38,7 @@ async fn who_came_first_connects_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_line_is_bounded_in_length_and_in_time() {
+async fn the_queue_is_bounded_in_length_and_in_time() {
     let layer = ConnectLayer::new().max_per_host(1).queue(2, SECOND).name("search");
     let (connector, handle) = (layer.layer(Pipes::default()), layer.handle());
     let connect = || connector.clone().oneshot("http://a/".parse().unwrap());
@@ -59,7 +59,7 @@ async fn the_line_is_bounded_in_length_and_in_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_goes_while_waiting_or_connecting_takes_nothing_along() {
+async fn cancelled_calls_release_their_permits_and_queue_entries() {
     let layer = ConnectLayer::new().max_per_host(2).max_total(2);
     let pipes = Pipes::gated();
     let (client, handle) = (client(&layer, &pipes), layer.handle());
@@ -92,7 +92,7 @@ async fn who_goes_while_waiting_or_connecting_takes_nothing_along() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nobody_stands_in_line_for_a_caller_who_was_served() {
+async fn no_queue_entry_remains_for_a_call_that_was_served() {
     let layer = ConnectLayer::new().max_per_host(1).queue(8, 3600 * SECOND);
     let pipes = Pipes::default();
     let (client, handle) = (client(&layer, &pipes), layer.handle());
@@ -111,7 +111,7 @@ async fn nobody_stands_in_line_for_a_caller_who_was_served() {
 
 /// The same under a client that another crate builds, where each call queues for a connection of its own.
 #[tokio::test(start_paused = true)]
-async fn what_hyper_leaves_behind_gives_up_its_place_in_line() {
+async fn connect_that_hyper_continues_in_the_background_leaves_the_queue() {
     let layer = ConnectLayer::new().max_per_host(1).queue(7, 3600 * SECOND);
     let client = hyper_util::client::legacy::Client::builder(buttress::connect::Executor)
         .build::<_, Empty<Bytes>>(layer.layer(Pipes::default()));
@@ -132,7 +132,7 @@ async fn what_hyper_leaves_behind_gives_up_its_place_in_line() {
 /// hyper-util's pool fails every caller that waits for an HTTP/2 connection when the caller that makes the connection
 /// is cancelled.
 #[tokio::test(start_paused = true)]
-async fn who_goes_while_connecting_takes_nobody_along() {
+async fn call_cancelled_while_connecting_does_not_fail_other_calls() {
     for layer in [ConnectLayer::new(), ConnectLayer::new().max_per_host(1).queue(22, SECOND)] {
         let pipes = Pipes::gated();
         let client = http2(&layer, &pipes);
@@ -171,7 +171,7 @@ async fn who_goes_while_connecting_takes_nobody_along() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_is_not_polled_keeps_nobody_from_connecting() {
+async fn a_call_that_is_not_polled_does_not_block_other_connects() {
     let (layer, pipes) = (ConnectLayer::new(), Pipes::default());
     let (client, start) = (http2(&layer, &pipes), Instant::now());
     let not_yet = client.request(request("http://a/"));
@@ -183,7 +183,7 @@ async fn a_call_that_is_not_polled_keeps_nobody_from_connecting() {
 
 /// If a connection cannot be made, all waiting calls fail within the time of one connect, not one after another.
 #[tokio::test(start_paused = true)]
-async fn where_nothing_answers_nobody_waits_for_those_before_them() {
+async fn waiting_calls_fail_together_when_no_connection_can_be_made() {
     let (layer, pipes) = (ConnectLayer::new().connect_timeout(SECOND), Pipes::gated());
     let client = http2(&layer, &pipes);
     let start = Instant::now();
@@ -193,7 +193,7 @@ async fn where_nothing_answers_nobody_waits_for_those_before_them() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connect_that_takes_too_long_is_told_as_such_and_frees_its_place() {
+async fn a_connect_timeout_is_reported_and_releases_its_permits() {
     let layer = ConnectLayer::new().max_per_host(1).connect_timeout(SECOND);
     let pipes = Pipes::gated();
     let (client, handle) = (client(&layer, &pipes), layer.handle());
@@ -208,7 +208,7 @@ async fn a_connect_that_takes_too_long_is_told_as_such_and_frees_its_place() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_time_to_connect_begins_when_there_is_a_place() {
+async fn the_connect_timeout_begins_with_the_permit() {
     let layer = ConnectLayer::new().max_per_host(1).connect_timeout(SECOND);
     let connector = layer.queue(9, 60 * SECOND).layer(Pipes::default());
     let connect = || connector.clone().oneshot("http://a/".parse().unwrap());
@@ -220,7 +220,7 @@ async fn the_time_to_connect_begins_when_there_is_a_place() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connect_that_fails_frees_its_place() {
+async fn a_failed_connect_releases_its_permits() {
     let layer = ConnectLayer::new().max_per_host(1);
     let (client, handle) = (client(&layer, &Pipes::default()), layer.handle());
     for _ in 0..3 {
@@ -232,7 +232,7 @@ async fn a_connect_that_fails_frees_its_place() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connector_that_panics_frees_its_place() {
+async fn a_connector_that_panics_releases_its_permits() {
     let layer = ConnectLayer::new().max_per_host(1);
     let handle = layer.handle();
     let connector = layer.layer(tower::service_fn(|uri: http::Uri| async move {
@@ -286,7 +286,7 @@ async fn the_connector_that_was_ready_is_the_one_that_is_called() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn unread_and_dropped_answers_leave_nothing_in_use() {
+async fn unread_and_dropped_responses_leave_no_connection_in_use() {
     let layer = ConnectLayer::new();
     let pipes = Pipes::default();
     let (client, handle) = (client(&layer, &pipes), layer.handle());

@@ -20,7 +20,7 @@ const CALLS: usize = 20;
 const HOUR: Duration = Duration::from_secs(3600);
 
 #[tokio::test(start_paused = true)]
-async fn whatever_callers_do_the_caps_hold_and_who_stays_is_served() {
+async fn caps_hold_and_remaining_callers_are_served_in_any_schedule() {
     for seed in 0..12 {
         // `Pipes` draws the times of connects from the generator of the thread.
         fastrand::seed(seed);

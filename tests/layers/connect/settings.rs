@@ -315,7 +315,7 @@ async fn maximum_that_the_server_lowers_later_opens_another_connection() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn settings_in_pieces_or_late_are_read() {
+async fn settings_frame_in_pieces_or_late_is_read() {
     let mut wires = Wires::new(3);
     wires.piece = 1;
     let (sends, layer) = (wires.sends_settings.clone(), ConnectLayer::new().max_per_host(4));
@@ -336,7 +336,7 @@ async fn settings_in_pieces_or_late_are_read() {
 
 /// Without SETTINGS the peer has no limit, and calls are sent.
 #[tokio::test(start_paused = true)]
-async fn settings_that_never_arrive() {
+async fn connection_without_settings_is_closed_after_its_cancelled_calls() {
     let wires = Wires::new(3);
     wires.sends_settings.send_replace(false);
     let layer = ConnectLayer::new().max_per_host(4).connect_timeout(SECOND);
@@ -381,7 +381,7 @@ async fn connection_that_drains_after_goaway_takes_no_calls_and_no_permits() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn calls_use_a_new_connection_and_not_the_old_one_that_is_renewed() {
+async fn calls_use_a_new_connection_and_not_a_recycled_one() {
     let wires = Wires::new(100);
     let layer = ConnectLayer::new().max_per_host(2);
     let (client, handle) = (wires.client(&layer), layer.handle());
@@ -408,7 +408,7 @@ async fn calls_use_a_new_connection_and_not_the_old_one_that_is_renewed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn connection_that_was_left_takes_no_permits_when_there_is_no_room() {
+async fn recycled_connection_takes_no_permits_while_no_permit_is_free() {
     let wires = Wires::new(100);
     let layer = ConnectLayer::new().max_per_host(2);
     let (client, handle) = (wires.client(&layer), layer.handle());
@@ -430,7 +430,7 @@ async fn connection_that_was_left_takes_no_permits_when_there_is_no_room() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn misdirected_connection_makes_room_at_once() {
+async fn misdirected_connection_is_closed_for_another_at_once() {
     for per_host in [1, 2] {
         let wires = Wires::new(100);
         let layer = ConnectLayer::new().max_per_host(per_host);
@@ -446,7 +446,7 @@ async fn misdirected_connection_makes_room_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn misdirected_connection_with_a_held_stream_takes_no_more_calls() {
+async fn misdirected_connection_with_an_open_stream_takes_no_more_calls() {
     let wires = Wires::new(2);
     let layer = ConnectLayer::new().max_per_host(2);
     let (client, handle) = (wires.client(&layer), layer.handle());
@@ -464,7 +464,7 @@ async fn misdirected_connection_with_a_held_stream_takes_no_more_calls() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn call_does_not_wait_unnamed_in_a_connection_that_is_over() {
+async fn call_waits_in_the_queue_and_not_inside_a_recycled_connection() {
     let wires = Wires::new(1);
     let layer = ConnectLayer::new();
     let (client, handle) = (wires.client(&layer), layer.handle());
@@ -483,7 +483,7 @@ async fn call_does_not_wait_unnamed_in_a_connection_that_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn calls_prefer_a_connection_that_is_not_over() {
+async fn calls_prefer_a_connection_that_is_not_to_be_closed() {
     let wires = Wires::new(100);
     let layer = ConnectLayer::new().max_per_host(2);
     let (client, handle) = (wires.client(&layer), layer.handle());
@@ -507,7 +507,7 @@ async fn calls_prefer_a_connection_that_is_not_over() {
 
 /// Two hosts want the one free place of all: it is not handed to and fro.
 #[tokio::test(start_paused = true)]
-async fn calls_of_two_hosts_that_wait_for_room_get_it_in_turn() {
+async fn calls_of_two_hosts_that_wait_for_the_same_permit_acquire_it_in_order() {
     let wires = Wires::new(1);
     let layer = ConnectLayer::new().max_total(3).max_idle(60 * SECOND);
     let client = wires.client(&layer);
@@ -527,7 +527,7 @@ async fn calls_of_two_hosts_that_wait_for_room_get_it_in_turn() {
 
 /// Whatever happens to connections and calls, each call ends, and nothing stays behind.
 #[tokio::test(start_paused = true)]
-async fn no_call_is_stuck_and_no_stream_is_lost_when_anything_happens() {
+async fn no_call_hangs_and_no_stream_is_lost_in_any_schedule() {
     for seed in 0..60 {
         let mut random = fastrand::Rng::with_seed(seed);
         let mut wires = Wires::new(random.u32(1..4));
@@ -596,7 +596,7 @@ async fn no_call_is_stuck_and_no_stream_is_lost_when_anything_happens() {
 
 /// A call that is to open the first connection of its host, and waits for a place among all.
 #[tokio::test(start_paused = true)]
-async fn wait_for_the_place_of_a_first_connection_does_not_open_a_circuit() {
+async fn wait_for_the_permit_of_a_first_connection_does_not_open_a_circuit() {
     use buttress::{CircuitBreakerLayer, Trip, breaker::CircuitState};
     use tower::{ServiceBuilder, ServiceExt};
     let wires = Wires::new(1);
@@ -615,7 +615,7 @@ async fn wait_for_the_place_of_a_first_connection_does_not_open_a_circuit() {
 // ===== Several clients of one layer =====
 
 #[tokio::test(start_paused = true)]
-async fn queue_of_one_client_does_not_keep_out_calls_of_another() {
+async fn queue_of_one_client_does_not_block_calls_of_another() {
     let wires = Wires::new(1);
     let layer = ConnectLayer::new().max_per_host(2).max_idle(60 * SECOND);
     let (one, other) = (wires.client(&layer), wires.client(&layer));
@@ -818,7 +818,7 @@ async fn failed_additional_connection_does_not_fail_a_call_that_a_stream_could_s
 
 /// The request is sent unchanged, and a connect that failed is not repeated by the same call.
 #[tokio::test(start_paused = true)]
-async fn call_whose_additional_connection_failed_keeps_its_request() {
+async fn call_whose_additional_connection_failed_sends_its_request_over_a_stream() {
     use buttress::{CircuitBreakerLayer, Trip, breaker::CircuitState};
     use http_body_util::Full;
     use tower::{ServiceBuilder, ServiceExt};

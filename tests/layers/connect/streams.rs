@@ -79,7 +79,7 @@ async fn call_beyond_the_cap_waits_for_a_stream_and_is_counted() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn calls_wait_for_a_stream_in_order_and_a_cancelled_one_takes_none_along() {
+async fn calls_wait_for_a_stream_in_order_and_a_cancelled_call_loses_none() {
     let layer = ConnectLayer::new().max_per_host(1);
     let pipes = Pipes::default().max_streams(1);
     let (client, handle) = (http2(&layer, &pipes), layer.handle());
@@ -170,7 +170,7 @@ async fn connections_without_calls_are_closed_when_they_are_idle() {
 
 /// An idle connection of another host is closed for a connection whose calls wait for a stream.
 #[tokio::test(start_paused = true)]
-async fn idle_connection_of_another_host_makes_room_for_another_connection() {
+async fn idle_connection_of_another_host_is_closed_for_another_connection() {
     let layer = ConnectLayer::new().max_total(2).max_idle(60 * SECOND);
     let pipes = Pipes::default().max_streams(1);
     let client = http2(&layer, &pipes);
