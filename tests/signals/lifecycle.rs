@@ -138,12 +138,12 @@ async fn a_real_sigterm_drains_the_process() {
 
 /// The constructor installs the signal handlers. Without them the signal would kill the process before it serves.
 #[tokio::test]
-async fn a_signal_that_comes_while_it_starts_is_heard() {
+async fn a_signal_during_the_start_is_handled() {
     if is_child() {
         return serve(Duration::from_millis(500), AGES).await;
     }
     for signal in ["-TERM", "-INT"] {
-        let mut process = Process::start("a_signal_that_comes_while_it_starts_is_heard").await;
+        let mut process = Process::start("a_signal_during_the_start_is_handled").await;
         process.signal(signal).await;
         let addr = process.serves().await;
         // `ready` comes after the signal, so the process does not become ready. It serves for the rest of the delay.
@@ -153,11 +153,11 @@ async fn a_signal_that_comes_while_it_starts_is_heard() {
 }
 
 #[tokio::test]
-async fn each_further_signal_ends_the_wait_that_is_on() {
+async fn each_further_signal_ends_the_current_phase() {
     if is_child() {
         return serve(AGES, AGES).await;
     }
-    let mut process = Process::start("each_further_signal_ends_the_wait_that_is_on").await;
+    let mut process = Process::start("each_further_signal_ends_the_current_phase").await;
     let addr = process.serves().await;
     let slow = tokio::spawn(async move { ask(&http1(), addr, "/slow").await });
     let deaf = tokio::spawn(async move { ask(&http1(), addr, "/deaf").await });
@@ -175,11 +175,12 @@ async fn each_further_signal_ends_the_wait_that_is_on() {
 
 /// As Kubernetes does, with a `preStop` hook that asks the process to drain.
 #[tokio::test]
-async fn a_drain_by_hand_and_the_signal_that_follows_are_one() {
+async fn a_signal_after_a_drain_by_a_hook_does_not_skip_the_delay() {
     if is_child() {
         return serve(AGES, AGES).await;
     }
-    let mut process = Process::start("a_drain_by_hand_and_the_signal_that_follows_are_one").await;
+    let mut process =
+        Process::start("a_signal_after_a_drain_by_a_hook_does_not_skip_the_delay").await;
     let addr = process.serves().await;
     let slow = tokio::spawn(async move { ask(&http1(), addr, "/slow").await });
     let deaf = tokio::spawn(async move { ask(&http1(), addr, "/deaf").await });

@@ -102,7 +102,7 @@ const EVERY: Duration = Duration::from_secs(5);
 // ===== Runs of a check =====
 
 #[tokio::test(start_paused = true)]
-async fn the_first_look_is_at_once_and_the_next_on_its_own_schedule() {
+async fn the_first_run_is_at_once_and_later_runs_follow_the_schedule() {
     let (health, db) = (Health::new(), Dependency::new());
     health.add(db.check("db")).unwrap();
     assert_eq!(health.check("db"), Some(CheckState::Unknown));
@@ -118,7 +118,7 @@ async fn the_first_look_is_at_once_and_the_next_on_its_own_schedule() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_look_has_its_reason_its_age_and_its_time() {
+async fn a_failed_run_has_its_reason_its_age_and_its_duration() {
     for (mode, reason, took) in [
         (Mode::Fails, "connection refused", 0),
         (Mode::Hangs, "no result within 1s", 1000),
@@ -146,7 +146,7 @@ async fn a_failed_look_has_its_reason_its_age_and_its_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_closure_that_panics_before_it_asks_is_a_failed_look() {
+async fn a_closure_that_panics_is_a_failed_run() {
     let health = Health::new();
     let calm = Arc::new(AtomicBool::new(false));
     let when = calm.clone();
@@ -161,7 +161,7 @@ async fn a_closure_that_panics_before_it_asks_is_a_failed_look() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn looks_never_pile_up_when_slower_than_their_interval() {
+async fn runs_never_overlap_when_they_are_slower_than_their_interval() {
     let (health, db) = (Health::new(), Dependency::new());
     db.will(Mode::Slow(Duration::from_secs(1)));
     let check = db.check("db").every(Duration::from_millis(100)).timeout(Duration::from_secs(9));
@@ -176,7 +176,7 @@ async fn looks_never_pile_up_when_slower_than_their_interval() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn faster_while_down() {
+async fn runs_are_more_frequent_while_down() {
     let (health, db) = (Health::new(), Dependency::new());
     health.add(db.check("db").thresholds(2, 3).every_while_down(Duration::from_secs(1))).unwrap();
     let began = Instant::now();
@@ -194,7 +194,7 @@ async fn faster_while_down() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn checks_wait_for_each_other_in_nothing() {
+async fn checks_do_not_wait_for_each_other() {
     let health = Health::new();
     let (hung, well) = (Dependency::new(), Dependency::new());
     hung.will(Mode::Hangs);
@@ -209,7 +209,7 @@ async fn checks_wait_for_each_other_in_nothing() {
 // ===== Effect on readiness =====
 
 #[tokio::test(start_paused = true)]
-async fn what_degrades_leaves_the_process_ready() {
+async fn a_failed_degrading_check_leaves_the_process_ready() {
     let health = Health::new();
     let (db, search) = (Dependency::new(), Dependency::new());
     search.will(Mode::Fails);
@@ -305,7 +305,7 @@ async fn checks_end_with_the_last_handle_and_leak_no_task() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_check_that_is_removed_is_not_asked_any_more() {
+async fn a_removed_check_is_not_run_any_more() {
     let (health, db) = (Health::new(), Dependency::new());
     db.will(Mode::Hangs);
     health.add(db.check("db")).unwrap();
@@ -353,7 +353,7 @@ fn a_check_whose_runtime_has_ended_has_failed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn bad_config_is_a_typed_error() {
+async fn invalid_setting_is_a_typed_error() {
     let (health, db) = (Health::new(), Dependency::new());
     let _taken = health.reporter("taken").unwrap();
     for (check, field) in [
@@ -384,7 +384,7 @@ proptest! {
     /// A run of the check fails with a probability of 30 %. Before each change of readiness, the number of equal
     /// results in a row is at least the threshold of this change.
     #[test]
-    fn a_flapping_dependency_flips_no_more_often_than_the_thresholds_allow(
+    fn a_flapping_dependency_changes_the_state_as_rarely_as_the_thresholds_demand(
         rise in 1u32..5,
         fall in 1u32..5,
         looks in prop::collection::vec(prop::bool::weighted(0.7), 200),

@@ -50,7 +50,7 @@ async fn text<B: Body<Error: std::fmt::Debug>>(response: Response<B>) -> (u16, S
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_its_own_paths_and_passes_the_others_through() {
+async fn serves_the_health_routes_and_forwards_other_paths() {
     let health = Health::new();
     let calls = Arc::default();
     let service = health.endpoints().layer(app(&calls));
@@ -129,7 +129,7 @@ async fn a_probe_never_waits_for_the_inner_service() {
 /// The test counts polls instead of measuring time: the response is available at the first poll, and the inner service
 /// is not polled for it.
 #[tokio::test(start_paused = true)]
-async fn a_probe_is_answered_at_the_first_poll_however_full_the_server_is() {
+async fn a_probe_receives_its_response_at_the_first_poll_of_a_full_server() {
     let polls = Arc::new(AtomicUsize::new(0));
     let seen = polls.clone();
     let hangs = service_fn(move |_: Req| {
@@ -157,7 +157,7 @@ async fn a_probe_is_answered_at_the_first_poll_however_full_the_server_is() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_of_the_inner_service_stays_parked_in_an_idle_handle() {
+async fn an_idle_service_holds_no_reservation_of_the_inner_service() {
     let (health, calls) = (Health::new(), Arc::default());
     let limited = GlobalConcurrencyLimitLayer::new(1).layer(app(&calls));
     let mut service = health.endpoints().layer(limited.clone());
@@ -208,7 +208,7 @@ impl Service<Req> for Strict {
 }
 
 #[tokio::test(start_paused = true)]
-async fn calls_only_what_it_readied() {
+async fn calls_only_the_instance_that_was_polled_ready() {
     let polls = Arc::default();
     let mut service =
         Health::new().endpoints().layer(Strict { ready: false, polls: Arc::clone(&polls) });
@@ -230,7 +230,7 @@ async fn calls_only_what_it_readied() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_plain_service_answers_everything() {
+async fn the_plain_service_responds_to_every_request() {
     let health = Health::new();
     let search = health.reporter("search").unwrap();
     let service = health.service();
@@ -257,7 +257,7 @@ fn wants(uri: &str, accept: &str) -> Req {
 }
 
 #[tokio::test(start_paused = true)]
-async fn tells_a_machine_all_it_knows_as_health_json() {
+async fn health_json_contains_every_check() {
     let health = Health::new();
     let took = Duration::from_millis(12);
     let slow = move || async move {
@@ -328,7 +328,7 @@ async fn tells_a_machine_all_it_knows_as_health_json() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn plain_text_is_what_everybody_else_gets() {
+async fn other_clients_receive_plain_text() {
     let service = Health::new().service();
     for accept in ["*/*", "text/plain", "text/html", "application/json;q=0", "application/xml"] {
         let response = service.clone().oneshot(wants("/readyz", accept)).await.unwrap();
@@ -344,7 +344,7 @@ async fn plain_text_is_what_everybody_else_gets() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn is_an_axum_route_too() {
+async fn service_works_as_an_axum_route() {
     let health = Health::new();
     let app = axum::Router::new()
         .route_service("/readyz", health.service())

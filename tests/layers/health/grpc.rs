@@ -34,7 +34,7 @@ async fn says_no_more(watch: &mut HealthWatch) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn check_answers_for_the_whole_for_liveness_and_for_each_check() {
+async fn check_returns_readiness_liveness_and_each_check() {
     let health = Health::new();
     let (db, cache) =
         (health.reporter("db").unwrap(), health.reporter("cache").unwrap().degrading());
@@ -53,7 +53,7 @@ async fn check_answers_for_the_whole_for_liveness_and_for_each_check() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn watch_tells_every_change_and_only_changes() {
+async fn watch_reports_every_change_and_only_changes() {
     let health = Health::new();
     let db = health.reporter("db").unwrap();
     let of = health.grpc();
@@ -75,7 +75,7 @@ async fn watch_tells_every_change_and_only_changes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn watch_waits_for_a_check_that_is_not_there_yet() {
+async fn watch_waits_for_a_check_that_is_not_added_yet() {
     let health = Health::new();
     let of = health.grpc();
     let mut watch = of.watch(asking("db")).await.unwrap().into_inner();
@@ -89,7 +89,7 @@ async fn watch_waits_for_a_check_that_is_not_there_yet() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watch_remembers_no_name_that_can_never_be() {
+async fn a_watch_stores_no_invalid_name() {
     let health = Health::new();
     let of = health.grpc().service("shop/Orders");
     let long = "x".repeat(1 << 20);

@@ -46,7 +46,7 @@ fn app()
 // ===== Phases =====
 
 #[tokio::test(start_paused = true)]
-async fn goes_through_its_phases_in_time_and_readiness_goes_along() {
+async fn phases_change_in_time_and_readiness_follows() {
     let health = Health::new();
     let lifecycle = lifecycle(&health);
     assert_eq!((lifecycle.phase(), health.is_ready()), (LifecyclePhase::Starting, false));
@@ -79,7 +79,7 @@ async fn goes_through_its_phases_in_time_and_readiness_goes_along() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn drains_also_while_it_is_still_starting() {
+async fn a_process_that_is_starting_can_drain() {
     let lifecycle = lifecycle(&Health::new());
     lifecycle.drain();
     within_an_hour(lifecycle.stopping()).await;
@@ -88,7 +88,7 @@ async fn drains_also_while_it_is_still_starting() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hurry_ends_the_wait_that_is_on_and_no_other() {
+async fn skip_delay_ends_the_current_phase_only() {
     let second = Duration::from_secs(1);
     // The times of the calls of `skip_delay`, of *stopping* and of *stopped*, in seconds.
     for (hurries, stopping, stopped) in
@@ -124,7 +124,7 @@ async fn a_hurry_ends_the_wait_that_is_on_and_no_other() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_drain_that_is_asked_for_twice_has_its_delay_all_the_same() {
+async fn a_repeated_drain_does_not_shorten_the_delay() {
     let lifecycle = lifecycle(&Health::new());
     let began = Instant::now();
     for _ in 0..3 {
@@ -136,7 +136,7 @@ async fn a_drain_that_is_asked_for_twice_has_its_delay_all_the_same() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_delay_it_stops_before_the_drain_returns() {
+async fn without_a_delay_the_phase_is_stopping_when_drain_returns() {
     let lifecycle =
         lifecycle(&Health::new()).drain_delay(Duration::ZERO).drain_timeout(Duration::ZERO);
     lifecycle.drain();
@@ -146,7 +146,7 @@ async fn without_a_delay_it_stops_before_the_drain_returns() {
 
 /// The clock jumps by a day, as after the suspension of the machine.
 #[tokio::test(start_paused = true)]
-async fn a_clock_that_jumps_leaves_no_phase_out() {
+async fn a_clock_that_jumps_skips_no_phase() {
     let lifecycle = lifecycle(&Health::new());
     lifecycle.drain();
     settle().await;
@@ -163,7 +163,7 @@ async fn a_clock_that_jumps_leaves_no_phase_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn times_set_after_the_layer_was_made_are_seen() {
+async fn times_set_after_the_layer_was_made_apply() {
     let lifecycle = lifecycle(&Health::new());
     let service = lifecycle.layer().layer(app());
     let lifecycle = lifecycle.drain_delay(Duration::ZERO).drain_timeout(Duration::MAX);
@@ -176,7 +176,7 @@ async fn times_set_after_the_layer_was_made_are_seen() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn leaks_no_task_and_its_check_goes_with_it() {
+async fn a_dropped_lifecycle_leaks_no_task_and_removes_its_check() {
     let health = Health::new();
     for drained in [false, true] {
         let lifecycle = lifecycle(&health);
@@ -199,7 +199,7 @@ async fn leaks_no_task_and_its_check_goes_with_it() {
 /// The task that receives signals ends with its runtime. Servers in other runtimes must stop instead of waiting for a
 /// signal.
 #[test]
-fn it_has_stopped_when_its_runtime_ends() {
+fn a_lifecycle_is_stopped_when_its_runtime_ends() {
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     for with_signals in [true, false] {
         let health = Health::new();
@@ -215,12 +215,12 @@ fn it_has_stopped_when_its_runtime_ends() {
 }
 
 #[test]
-fn without_a_runtime_it_is_a_typed_error() {
+fn a_lifecycle_without_a_runtime_is_a_typed_error() {
     assert_eq!(Lifecycle::new(&Health::new()).unwrap_err().field, "lifecycle");
 }
 
 #[test]
-fn without_io_signals_are_a_typed_error() {
+fn signals_without_io_are_a_typed_error() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     runtime.block_on(async {
         let health = Health::new();
@@ -230,7 +230,7 @@ fn without_io_signals_are_a_typed_error() {
 }
 
 #[test]
-fn without_timers_it_is_a_typed_error() {
+fn a_lifecycle_without_timers_is_a_typed_error() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
     runtime.block_on(async {
         let health = Health::new();
@@ -269,7 +269,7 @@ async fn auto_traits() {
 // ===== Calls =====
 
 #[tokio::test(start_paused = true)]
-async fn calls_go_until_the_delay_is_over_and_are_refused_then() {
+async fn calls_are_served_until_the_delay_is_over_and_then_rejected() {
     let lifecycle = lifecycle(&Health::new());
     let service = lifecycle.layer().layer(app());
     let ask = async |request: Req| service.clone().oneshot(request).await.unwrap();
@@ -299,7 +299,7 @@ async fn calls_go_until_the_delay_is_over_and_are_refused_then() {
 /// Each call is either served completely or rejected. After `run` has returned, no call reaches the service, so that
 /// the application may drop its state.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_call_that_comes_as_the_drain_begins_is_served_or_refused_and_never_lost() {
+async fn a_call_at_the_start_of_the_drain_is_served_or_rejected_and_never_lost() {
     for _ in 0..50 {
         let lifecycle = lifecycle(&Health::new()).drain_delay(Duration::ZERO);
         lifecycle.ready();
@@ -343,7 +343,7 @@ async fn a_call_that_comes_as_the_drain_begins_is_served_or_refused_and_never_lo
 }
 
 #[tokio::test(start_paused = true)]
-async fn http_1_is_told_to_close_from_the_drain_on() {
+async fn http1_responses_carry_connection_close_from_the_drain_on() {
     let lifecycle = lifecycle(&Health::new());
     let service = lifecycle.layer().layer(service_fn(|request: Req| async move {
         let mut response = Response::new(Full::<Bytes>::default());
@@ -396,7 +396,7 @@ enum End {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_counts_to_its_end_however_it_ends() {
+async fn a_call_is_in_flight_to_its_end_however_it_ends() {
     let health = Health::new();
     let lifecycle = lifecycle(&health);
     type Answer =
@@ -448,7 +448,7 @@ async fn a_call_counts_to_its_end_however_it_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_token_in_the_request_tells_a_stream_to_end() {
+async fn the_token_in_the_request_resolves_at_stopping() {
     let lifecycle = lifecycle(&Health::new());
     let service = lifecycle.layer().layer(service_fn(|request: Req| async move {
         let drain = Drain::of(request.extensions()).unwrap().clone();
@@ -471,7 +471,7 @@ async fn the_token_in_the_request_tells_a_stream_to_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_does_not_end_is_given_up_on_and_what_is_left_is_counted() {
+async fn a_server_that_does_not_end_is_dropped_and_its_calls_are_counted() {
     let lifecycle = lifecycle(&Health::new());
     let mut service = lifecycle
         .layer()
@@ -494,7 +494,7 @@ async fn a_server_that_does_not_end_is_given_up_on_and_what_is_left_is_counted()
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_guard_stands_for_is_waited_for_and_given_up_on() {
+async fn the_drain_waits_for_a_guard_until_the_drain_timeout() {
     for (takes, ends, cut_calls) in [(7, 7, 0), (60, 20, 1)] {
         let lifecycle = lifecycle(&Health::new()).drain_delay(Duration::ZERO);
         let guard = lifecycle.token().guard();
@@ -536,7 +536,7 @@ impl Service<Req> for Gated {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_waits_for_the_service_when_the_stop_comes_is_told_at_once() {
+async fn caller_that_waits_for_the_service_is_rejected_at_stopping() {
     let lifecycle = lifecycle(&Health::new());
     let (_gate, gated) = tokio::sync::watch::channel(false);
     let mut service = lifecycle.layer().layer(Gated(gated));

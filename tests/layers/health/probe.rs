@@ -219,7 +219,7 @@ fn kind(error: &BoxError) -> RejectedKind {
 // ===== Probe results =====
 
 #[tokio::test(start_paused = true)]
-async fn the_first_probe_is_sent_at_once_and_is_enough() {
+async fn the_first_probe_is_sent_at_once_and_is_sufficient() {
     let layer = exact().thresholds(9, 9);
     let handle = layer.handle();
     let began = Instant::now();
@@ -233,7 +233,7 @@ async fn the_first_probe_is_sent_at_once_and_is_enough() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn unknown_lets_calls_through() {
+async fn a_gate_of_unknown_state_admits_calls() {
     let layer = exact().thresholds(1, 3);
     let handle = layer.handle();
     let service = layer.layer(Upstream::new().will(Mode::Status(500)));
@@ -244,7 +244,7 @@ async fn unknown_lets_calls_through() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rises_and_falls_by_its_thresholds() {
+async fn the_gate_changes_by_its_thresholds() {
     let layer = exact().thresholds(2, 3);
     let handle = layer.handle();
     let upstream = Upstream::new();
@@ -319,7 +319,7 @@ async fn other_probe_failures_count_towards_the_threshold() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_says_when_the_next_probe_is() {
+async fn a_rejection_carries_the_time_until_the_next_probe() {
     let layer = exact().name("search");
     let handle = layer.handle();
     let service = layer.layer(Upstream::new().will(Mode::Fail));
@@ -332,7 +332,7 @@ async fn a_refusal_says_when_the_next_probe_is() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn responds_with_503_and_leaves_the_error_alone() {
+async fn respond_rejects_with_503_and_does_not_change_the_error_type() {
     let layer = exact().respond();
     let handle = layer.handle();
     let client = service_fn(|request: Req| async move {
@@ -351,7 +351,7 @@ async fn responds_with_503_and_leaves_the_error_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_probe_says_why() {
+async fn a_failed_probe_has_a_reason() {
     for (mode, why) in [
         (Mode::Status(500), ProbeFailure::Status(StatusCode::INTERNAL_SERVER_ERROR)),
         (Mode::Status(301), ProbeFailure::Status(StatusCode::MOVED_PERMANENTLY)),
@@ -375,7 +375,7 @@ async fn a_failed_probe_says_why() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_without_end_is_read_to_its_cap_and_the_head_counts() {
+async fn an_endless_body_is_read_to_the_maximum_and_the_head_counts() {
     for mode in [Mode::EndlessBody, Mode::EmptyFrames, Mode::HangingBody, Mode::TricklingBody] {
         let layer = exact();
         let handle = layer.handle();
@@ -389,7 +389,7 @@ async fn a_body_without_end_is_read_to_its_cap_and_the_head_counts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_probe_refused_further_in_says_nothing() {
+async fn a_probe_rejected_by_an_inner_layer_has_no_result() {
     let layer = exact();
     let handle = layer.handle();
     let upstream = Upstream::new();
@@ -416,7 +416,7 @@ async fn a_service_that_hangs_before_it_is_ready_fails_its_probe() {
 // ===== Probing =====
 
 #[tokio::test(start_paused = true)]
-async fn probes_never_pile_up_when_slower_than_the_interval() {
+async fn probes_never_overlap_when_they_are_slower_than_the_interval() {
     let layer = exact().every(Duration::from_millis(100)).timeout(Duration::from_secs(10));
     let handle = layer.handle();
     let upstream = Upstream::new().will(Mode::Slow(Duration::from_secs(1)));
@@ -428,7 +428,7 @@ async fn probes_never_pile_up_when_slower_than_the_interval() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn jitter_lengthens_the_wait_by_its_share_at_most() {
+async fn jitter_extends_the_delay_by_its_share_or_less() {
     let upstream = Upstream::new();
     let layer = exact().jitter(0.5);
     let handle = layer.handle();
@@ -464,7 +464,7 @@ async fn state_shared_across_layer_calls() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn setters_after_handle_are_seen() {
+async fn setters_after_the_handle_apply() {
     let layer = exact();
     let handle = layer.handle();
     let layer = layer.thresholds(1, 2).timeout(Duration::from_millis(10));
@@ -475,7 +475,7 @@ async fn setters_after_handle_are_seen() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_prober_ends_with_its_last_owner_and_leaks_nothing() {
+async fn the_prober_ends_with_its_last_owner() {
     for mode in [Mode::Status(200), Mode::Hang] {
         // In the first case the prober sleeps. In the second case a probe is in flight.
         let upstream = Upstream::new().will(mode);
@@ -498,7 +498,7 @@ async fn the_prober_ends_with_its_last_owner_and_leaks_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn calls_under_way_keep_no_prober() {
+async fn calls_in_flight_do_not_extend_the_life_of_the_prober() {
     let upstream = Upstream::new();
     let mut service = exact().layer(upstream.clone());
     let unpolled = service.ready().await.unwrap().call(call());
@@ -603,7 +603,7 @@ fn a_layer_applied_outside_of_a_runtime_probes_from_its_first_call_on() {
 }
 
 #[test]
-fn a_runtime_without_timers_probes_nothing_and_refuses_nothing() {
+fn a_runtime_without_timers_sends_no_probe_and_rejects_no_call() {
     let layer = exact();
     let handle = layer.handle();
     let upstream = Upstream::new();
@@ -702,7 +702,7 @@ where
 // ===== Configuration =====
 
 #[tokio::test(start_paused = true)]
-async fn bad_config_is_a_typed_error() {
+async fn invalid_setting_is_a_typed_error() {
     let health = Health::new();
     let _taken = health.reporter("taken").unwrap();
     let zero = Duration::ZERO;
@@ -746,7 +746,7 @@ impl std::fmt::Display for DbError {
 impl std::error::Error for DbError {}
 
 #[tokio::test(start_paused = true)]
-async fn any_types_with_a_judge_of_ones_own() {
+async fn services_of_any_types_are_probed_with_a_closure() {
     let lag = Arc::new(AtomicUsize::new(0));
     let now = lag.clone();
     let db = service_fn(move |query: &'static str| {
@@ -802,7 +802,7 @@ async fn closures_that_panic_are_failed_probes() {
 // ===== The registry =====
 
 #[tokio::test(start_paused = true)]
-async fn reports_to_a_registry_until_it_is_gone() {
+async fn a_probe_reports_to_a_registry_until_it_is_dropped() {
     let health = Health::new();
     let layer = exact().report_to(&health, "search");
     assert_eq!(health.checks(), [("search".to_owned(), CheckState::Unknown)]);
@@ -823,7 +823,7 @@ async fn reports_to_a_registry_until_it_is_gone() {
 // ===== Type inference =====
 
 #[tokio::test]
-async fn the_snippet_needs_no_annotation() {
+async fn the_example_needs_no_type_annotation() {
     use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 
     let health = Health::new();

@@ -83,7 +83,7 @@ impl Upstream {
 // ===== Expected responses =====
 
 #[tokio::test(start_paused = true)]
-async fn statuses_and_bodies_as_expected() {
+async fn expected_statuses_and_bodies_pass() {
     let answer = |status: u16, body: BoxBody<Bytes, Infallible>| {
         let body = Arc::new(Mutex::new(Some(body)));
         service_fn(move |_: Req| {
@@ -132,7 +132,7 @@ async fn statuses_and_bodies_as_expected() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn asks_the_grpc_health_service() {
+async fn a_grpc_probe_calls_the_health_service() {
     #[derive(Clone, Copy)]
     enum Says {
         Status(i32),
@@ -203,7 +203,7 @@ async fn asks_the_grpc_health_service() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn asks_a_closure_instead_of_the_service() {
+async fn a_check_probe_runs_a_closure_instead_of_the_service() {
     let (upstream, lag) = (Upstream::default(), Arc::new(AtomicUsize::new(0)));
     let here = lag.clone();
     let layer = HealthProbeLayer::check(move || {
@@ -240,7 +240,7 @@ async fn asks_a_closure_instead_of_the_service() {
 // ===== Schedule =====
 
 #[tokio::test(start_paused = true)]
-async fn faster_while_down() {
+async fn probes_are_more_frequent_while_down() {
     let upstream = Upstream::default();
     let layer = exact().thresholds(2, 3).immediate_failure(false);
     let layer = layer.every_while_down(Duration::from_secs(1));
@@ -308,7 +308,7 @@ async fn no_probe_while_calls_prove_health() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn traffic_does_not_count_unless_it_is_asked_to() {
+async fn calls_do_not_replace_probes_unless_the_layer_is_passive() {
     let upstream = Upstream::default();
     let layer = exact();
     let handle = layer.handle();
@@ -323,7 +323,7 @@ async fn traffic_does_not_count_unless_it_is_asked_to() {
 // ===== Calls while the upstream is down =====
 
 #[tokio::test(start_paused = true)]
-async fn lets_calls_through_where_only_the_registry_is_to_know() {
+async fn shadow_mode_admits_calls_and_reports_to_the_registry() {
     let (upstream, health) = (Upstream::default(), Health::new());
     upstream.down.store(true, SeqCst);
     let layer = exact().shadow().report_to(&health, "search");
@@ -341,7 +341,7 @@ async fn lets_calls_through_where_only_the_registry_is_to_know() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn is_not_ready_where_a_balancer_is_to_pick_another() {
+async fn backpressure_makes_the_service_not_ready_while_down() {
     let upstream = Upstream::default();
     let layer = exact().backpressure();
     let handle = layer.handle();
@@ -365,7 +365,7 @@ async fn is_not_ready_where_a_balancer_is_to_pick_another() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn lets_calls_through_when_a_whole_set_is_down() {
+async fn fail_open_admits_calls_when_a_whole_set_is_down() {
     let guard = FailOpen::new();
     let replicas = [Upstream::default(), Upstream::default(), Upstream::default()];
     let layers = [(); 3].map(|()| exact().fail_open(&guard).backpressure());
@@ -468,7 +468,7 @@ async fn handle_changes_the_settings_of_a_running_layer() {
 
 /// The circuit opens for 12 s after three failures, and closes after three passed probes.
 #[tokio::test(start_paused = true)]
-async fn drives_a_breakers_half_open_instead_of_users_calls() {
+async fn health_probes_replace_the_half_open_probes_of_a_breaker() {
     let upstream = Upstream::default();
     let breaker = CircuitBreakerLayer::new(Trip::consecutive(3))
         .open_for(Duration::from_secs(12))
@@ -512,7 +512,7 @@ async fn drives_a_breakers_half_open_instead_of_users_calls() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_listener_that_panics_ends_nothing() {
+async fn a_listener_that_panics_does_not_end_the_probes() {
     let (heard, upstream) = (Arc::new(AtomicUsize::new(0)), Upstream::default());
     let here = heard.clone();
     let layer = exact().on_probe(|_| panic!("scripted panic")).on_probe(move |result| {

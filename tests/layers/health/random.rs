@@ -180,7 +180,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn one_prober_for_whoever_is_left(steps in prop::collection::vec(step(), 1..60)) {
+    fn a_gate_has_one_prober_for_any_owners(steps in prop::collection::vec(step(), 1..60)) {
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         runtime.enable_time().start_paused(true).build().unwrap().block_on(live(steps));
     }

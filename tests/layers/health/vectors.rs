@@ -108,7 +108,7 @@ fn gate(guard: Option<&FailOpen>, every: Duration, while_down: Duration) -> Host
 
 /// Each priority has a hundred hosts, so that a percentage is a number of hosts.
 #[tokio::test(start_paused = true)]
-async fn envoy_panics_below_half() {
+async fn gates_fail_open_below_half_as_in_envoy() {
     let vector = vector("envoy-panic-01");
     let threshold = vector["config"]["threshold_pct"].as_f64().unwrap() / 100.0;
     let second = Duration::from_secs(1);
@@ -134,7 +134,7 @@ async fn envoy_panics_below_half() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn envoys_intervals() {
+async fn intervals_are_those_of_envoy() {
     let (every, while_down) = (Duration::from_secs(10), Duration::from_secs(2));
     let interval = |expected: &str| match expected {
         "unhealthy_edge" | "unhealthy" => while_down,

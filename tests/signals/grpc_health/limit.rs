@@ -74,7 +74,7 @@ fn order(
 }
 
 #[tokio::test]
-async fn health_checks_are_answered_while_watchers_and_hung_calls_fill_the_limit() {
+async fn health_checks_are_served_while_watchers_and_hung_calls_fill_the_limit() {
     let health = Health::new();
     health.add(Check::new("db", || async { Ok::<_, String>(()) })).unwrap();
     let (addr, stage, handle) = serve(&health, ConcurrencyLimitLayer::new(4)).await;

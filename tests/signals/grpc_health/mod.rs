@@ -24,7 +24,7 @@ use tower::Layer;
 use crate::support::net::{ask, client, soon};
 
 #[tokio::test]
-async fn a_tonic_server_answers_both_kinds_of_probe_from_one_registry() {
+async fn a_tonic_server_serves_both_kinds_of_probe_from_one_registry() {
     let health = Health::new();
     let db = health.reporter("db").unwrap();
     let limit = ConcurrencyLimitLayer::new(1).respond();
