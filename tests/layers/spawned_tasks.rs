@@ -111,7 +111,7 @@ async fn a_stack_that_is_boxed_and_layered_again() {
 }
 
 #[tokio::test]
-async fn tower_s_own_layers_with_boxed_errors_above_and_below() {
+async fn layers_of_tower_with_boxed_errors_above_and_below() {
     let service = ServiceBuilder::new()
         .timeout(Duration::from_secs(1))
         .layer(CircuitBreakerLayer::http())
@@ -162,7 +162,7 @@ async fn a_retry_over_a_boxed_service_of_the_plain_request_type() {
 }
 
 #[tokio::test]
-async fn tower_http_s_timeout_around_each_of_ours() {
+async fn timeout_of_tower_http_around_each_layer() {
     let timeout =
         TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, Duration::from_secs(1));
     let service = ServiceBuilder::new()

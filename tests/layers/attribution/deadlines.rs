@@ -376,7 +376,7 @@ async fn a_hedge_attempt_that_lost_is_neutral_however_long_it_took() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_retry_does_not_try_again_after_the_callers_deadline() {
+async fn a_retry_makes_no_attempt_after_the_callers_deadline() {
     let upstream = UpstreamService::new(Upstream::Hangs);
     let client = ServiceBuilder::new()
         .layer(RetryLayer::http().attempts(5))

@@ -19,7 +19,7 @@ fn healthy() -> UpstreamService {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_slow_upload_does_not_keep_other_requests_with_bodies_from_probing() {
+async fn one_slow_upload_does_not_prevent_probes_with_bodies() {
     let breaker = CircuitBreakerLayer::http();
     let client = RetryLayer::http().layer(breaker.layer(healthy()));
     make_half_open(&breaker).await;
@@ -33,7 +33,7 @@ async fn one_slow_upload_does_not_keep_other_requests_with_bodies_from_probing()
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_slow_upload_does_not_hold_the_circuit_of_the_default_stack() {
+async fn one_slow_upload_does_not_delay_the_circuit_of_the_default_stack() {
     let stack = ClientStack::new(&ClientConfig::default()).unwrap();
     let client = stack.layer(healthy());
     stack.handle().breaker().half_open();
@@ -48,7 +48,7 @@ async fn one_slow_upload_does_not_hold_the_circuit_of_the_default_stack() {
 
 /// Without a mark the breaker detects a slow upload only after it has admitted the call.
 #[tokio::test(start_paused = true)]
-async fn many_slow_uploads_without_a_mark_do_not_keep_a_quick_call_from_probing() {
+async fn many_slow_uploads_without_a_mark_do_not_prevent_the_probe_of_a_quick_call() {
     let breaker = CircuitBreakerLayer::http();
     let client = breaker.layer(TimeoutLayer::http().layer(healthy()));
     make_half_open(&breaker).await;
@@ -65,7 +65,7 @@ async fn many_slow_uploads_without_a_mark_do_not_keep_a_quick_call_from_probing(
 
 /// The upstream responds before the end of a slow upload, and the caller does not read the response.
 #[tokio::test(start_paused = true)]
-async fn unread_early_responses_do_not_hold_the_circuit() {
+async fn unread_early_responses_do_not_delay_the_circuit() {
     let breaker = CircuitBreakerLayer::http();
     let inner = service_fn(|request: Request<SendingBody<TestBody>>| async move {
         if request.method() == Method::PUT {

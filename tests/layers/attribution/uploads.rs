@@ -114,7 +114,7 @@ async fn a_hang_up_on_an_upstream_that_stopped_reading_is_a_failure() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hedge_inside_of_a_breaker_keeps_the_mark_that_the_breaker_requests() {
+async fn a_hedge_inside_of_a_breaker_publishes_the_mark_that_the_breaker_requests() {
     let breaker = CircuitBreakerLayer::http();
     let upstream = UpstreamService::new(Upstream::Responds(ms(1)));
     let hedged = HedgeLayer::http(secs(600)).layer(upstream);
@@ -151,7 +151,7 @@ async fn a_service_that_is_polled_twice_for_readiness_publishes_a_mark() {
 // ===== Half-open =====
 
 #[tokio::test(start_paused = true)]
-async fn a_half_open_circuit_closes_with_the_first_quick_call_beside_slow_uploads() {
+async fn a_half_open_circuit_closes_with_the_first_quick_call_during_slow_uploads() {
     for with_mark in [true, false] {
         let breaker = CircuitBreakerLayer::http();
         let guarded = breaker
@@ -255,7 +255,7 @@ fn two_frames(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_probe_with_a_good_response_passes_when_its_reader_is_slow() {
+async fn a_probe_with_a_successful_response_passes_when_its_reader_is_slow() {
     for frames_read in [0, 1] {
         let breaker = CircuitBreakerLayer::http();
         let second = Arc::new(tokio::sync::Semaphore::new(9));

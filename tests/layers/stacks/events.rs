@@ -130,7 +130,7 @@ where
 // ===== Rejections, retries, hedges and health probes =====
 
 #[tokio::test(start_paused = true)]
-async fn every_refusal_is_logged_with_the_name_of_its_layer() {
+async fn every_rejection_is_logged_with_the_name_of_its_layer() {
     let (log, _guard) = Log::listen();
     let limit = ConcurrencyLimitLayer::new(1).name("front");
     let held = limit.handle().try_acquire().unwrap();
@@ -180,7 +180,7 @@ async fn retries_and_hedges_are_logged_with_the_name_of_their_layer() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_probe_that_fails_is_logged_with_all_that_caused_it() {
+async fn a_failed_probe_is_logged_with_the_chain_of_its_error() {
     let (log, _guard) = Log::listen();
     let cause = || std::io::Error::other("no route to host");
     let down = service_fn(move |_: Request<Body>| async move { Err::<Response<Body>, _>(cause()) });
@@ -196,7 +196,7 @@ async fn a_probe_that_fails_is_logged_with_all_that_caused_it() {
 // ===== Misconfigured layers =====
 
 #[tokio::test(start_paused = true)]
-async fn a_layer_that_cannot_work_says_in_the_log_what_was_set_wrong() {
+async fn a_misconfigured_layer_logs_its_invalid_setting() {
     let (log, _guard) = Log::listen();
     let limit = ConcurrencyLimitLayer::new(0).respond();
     let response =

@@ -134,7 +134,7 @@ async fn both_layers_over_a_service_of_its_own_types() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_of_the_users_own_form() {
+async fn a_rejection_has_the_form_of_the_user() {
     let layer = ConcurrencyLimitLayer::new(1).per_response().respond_with(|refused: &Rejected| {
         Ok::<_, Infallible>(format!("later: {}", refused.kind().as_str()))
     });

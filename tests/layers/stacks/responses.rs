@@ -26,7 +26,7 @@ fn grpc() -> Request<Body> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_retry_gave_up_on_is_an_answer_that_says_who_refused_and_how_often_it_tried() {
+async fn rejection_after_a_retry_names_the_layer_and_the_attempts() {
     let breaker = CircuitBreakerLayer::http().name("search");
     breaker.handle().force_open();
     let client = ServiceBuilder::new()
@@ -52,7 +52,7 @@ async fn what_a_retry_gave_up_on_is_an_answer_that_says_who_refused_and_how_ofte
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_attempt_that_took_too_long_and_a_deadline_are_answers_too() {
+async fn attempt_timeouts_and_deadlines_become_responses() {
     macro_rules! slow {
         () => {
             service_fn(|_: Request<_>| async {
@@ -74,7 +74,7 @@ async fn an_attempt_that_took_too_long_and_a_deadline_are_answers_too() {
 }
 
 #[tokio::test]
-async fn a_refusal_of_ones_own_is_answered_as_a_layers_is() {
+async fn a_rejection_of_the_application_becomes_a_response() {
     let over = || Rejected::new(RejectedKind::Quota).with_retry_after(Duration::from_secs(30));
     let boxed = service_fn(move |_: Request<Body>| async move {
         Err::<Response<Body>, BoxError>(over().into())
@@ -89,7 +89,7 @@ async fn a_refusal_of_ones_own_is_answered_as_a_layers_is() {
 }
 
 #[tokio::test]
-async fn all_else_passes_as_it_is() {
+async fn other_errors_pass_unchanged() {
     let fails = service_fn(|_: Request<Body>| async {
         Err::<Response<Body>, _>(std::io::Error::other("own"))
     });
