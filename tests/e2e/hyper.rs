@@ -140,7 +140,7 @@ async fn streams_of_one_http2_connection_are_limited_alike() {
 // ===== Bodies that are not read =====
 
 #[tokio::test]
-async fn unread_responses_keep_their_places_and_give_them_back_when_dropped() {
+async fn unread_responses_hold_their_permits_until_they_are_dropped() {
     let stage = Stage::default();
     stage.open();
     let addr = upstream(&stage).await;
@@ -162,7 +162,7 @@ async fn unread_responses_keep_their_places_and_give_them_back_when_dropped() {
 }
 
 #[tokio::test]
-async fn a_limit_that_releases_at_the_head_lets_unread_responses_lie() {
+async fn a_limit_that_releases_at_the_head_does_not_count_unread_responses() {
     let stage = Stage::default();
     let addr = upstream(&stage).await;
     let limit = ConcurrencyLimitLayer::new(1).release_at_head();
@@ -178,7 +178,7 @@ async fn a_limit_that_releases_at_the_head_lets_unread_responses_lie() {
 }
 
 #[tokio::test]
-async fn good_bodies_dropped_unread_close_a_half_open_circuit() {
+async fn successful_responses_dropped_unread_close_a_half_open_circuit() {
     let stage = Stage::default();
     stage.open();
     let addr = upstream(&stage).await;
@@ -192,7 +192,7 @@ async fn good_bodies_dropped_unread_close_a_half_open_circuit() {
 }
 
 #[tokio::test]
-async fn a_500_counts_at_its_head_and_holds_its_place_to_the_end() {
+async fn a_500_counts_at_its_head_and_holds_its_permit_to_the_end() {
     let addr = upstream(&Stage::default()).await;
     let (breaker, state) = touchy();
     let limit = ConcurrencyLimitLayer::new(1);
@@ -207,7 +207,7 @@ async fn a_500_counts_at_its_head_and_holds_its_place_to_the_end() {
 // ===== Failures of the transport =====
 
 #[tokio::test]
-async fn an_upstream_that_closes_mid_stream_is_a_failure_and_frees_its_place() {
+async fn an_upstream_that_closes_mid_stream_is_a_failure_and_the_permit_is_released() {
     let (breaker, state) = touchy();
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
@@ -233,7 +233,7 @@ async fn an_upstream_that_closes_mid_stream_is_a_failure_and_frees_its_place() {
 }
 
 #[tokio::test]
-async fn errors_on_the_way_are_told_apart() {
+async fn errors_of_the_connection_are_distinguished() {
     for (addr, expected) in [
         (closed_address().await, Reason::ConnectRefused),
         (closes_after(b"").await, Reason::Reset),
@@ -255,7 +255,7 @@ async fn errors_on_the_way_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_call_that_its_caller_gives_up_frees_its_place_and_counts_as_nothing() {
+async fn a_cancelled_call_releases_its_permit_and_is_neutral() {
     let (addr, connected) = never_answers().await;
     let (breaker, state) = touchy();
     let limit = ConcurrencyLimitLayer::new(1);
@@ -271,7 +271,7 @@ async fn a_call_that_its_caller_gives_up_frees_its_place_and_counts_as_nothing()
 }
 
 #[tokio::test]
-async fn a_full_limit_does_not_open_the_breaker_around_it() {
+async fn a_full_limit_does_not_open_the_outer_breaker() {
     let stage = Stage::default();
     let addr = upstream(&stage).await;
     let (breaker, state) = touchy();
@@ -290,7 +290,7 @@ async fn a_full_limit_does_not_open_the_breaker_around_it() {
 }
 
 #[tokio::test]
-async fn an_open_breaker_answers_without_the_upstream() {
+async fn an_open_breaker_rejects_without_a_call_of_the_upstream() {
     let (addr, connected) = never_answers().await;
     let breaker = CircuitBreakerLayer::http();
     let state = breaker.handle();
@@ -305,7 +305,7 @@ async fn an_open_breaker_answers_without_the_upstream() {
 
 /// A failed upload is neutral: clients that break off their uploads cannot open the circuit of a gateway.
 #[tokio::test]
-async fn a_request_body_that_breaks_off_says_nothing_about_the_upstream() {
+async fn an_error_of_the_request_body_is_neutral() {
     let app = Router::new().route("/", axum::routing::put(|body: Bytes| async { body }));
     let addr = serve(app).await;
     for http2 in [false, true] {
@@ -346,7 +346,7 @@ async fn request_bodies_of_any_type_pass_through() {
 
 /// An upgrade, such as to WebSocket: the bytes bypass the layers on both sides, and the call ends at its head.
 #[tokio::test]
-async fn an_upgraded_connection_passes_through_and_holds_no_place() {
+async fn an_upgraded_connection_passes_through_and_holds_no_permit() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let limit = ConcurrencyLimitLayer::new(1);
     let there = limit.handle();
@@ -382,7 +382,7 @@ async fn an_upgraded_connection_passes_through_and_holds_no_place() {
 
 /// hyper's server sends every body that it is given. Over HTTP/2, a response to `HEAD` with a body is a protocol error.
 #[tokio::test]
-async fn a_refused_head_request_gets_no_body() {
+async fn rejection_of_a_head_request_has_no_body() {
     let layer = ConcurrencyLimitLayer::new(1).respond();
     let limit = layer.handle();
     let service = layer.layer(tower::service_fn(|_: Request<hyper::body::Incoming>| {

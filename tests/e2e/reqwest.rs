@@ -95,7 +95,7 @@ async fn bodies_stream_both_ways_at_the_same_time() {
 }
 
 #[tokio::test]
-async fn a_known_length_is_told() {
+async fn content_length_of_a_known_body_is_sent() {
     let app = Router::new().route(
         "/",
         post(|request: Request<Body>| async move {
@@ -171,7 +171,7 @@ async fn body_that_is_not_sync_is_sent() {
 }
 
 #[tokio::test]
-async fn content_length_and_trailers_of_a_body_that_is_not_sync_are_kept() {
+async fn content_length_and_trailers_of_a_body_that_is_not_sync_are_sent() {
     let app = Router::new().route(
         "/",
         post(|request: Request<Body>| async move {
@@ -258,7 +258,7 @@ async fn request_builder_that_cannot_be_built_is_an_error_of_the_request() {
 }
 
 #[tokio::test]
-async fn timeout_of_a_request_builder_is_kept() {
+async fn timeout_of_a_request_builder_applies() {
     let (addr, _held) = never_answers().await;
     let client = ServiceBuilder::new().layer(RetryLayer::http().attempts(1)).service(client());
     let request = reqwest::Client::new().get(format!("http://{addr}/"));
@@ -297,7 +297,7 @@ async fn oneshot_in_spawned_tasks_never_has_more_than_two_at_the_server() {
 }
 
 #[tokio::test]
-async fn a_body_dropped_mid_stream_frees_its_place_here_and_there() {
+async fn a_body_dropped_mid_stream_releases_the_permits_of_client_and_server() {
     let stage = Stage::default();
     let addr = upstream(&stage).await;
     let limit = ConcurrencyLimitLayer::new(1);
@@ -313,7 +313,7 @@ async fn a_body_dropped_mid_stream_frees_its_place_here_and_there() {
 }
 
 #[tokio::test]
-async fn errors_on_the_way_are_told_apart() {
+async fn errors_of_the_connection_are_distinguished() {
     let hasty = builder().timeout(Duration::from_millis(50)).build().unwrap();
     for (addr, client, expected) in [
         (closed_address().await, client(), Reason::ConnectRefused),
@@ -346,7 +346,7 @@ async fn errors_on_the_way_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_request_that_is_at_fault_says_nothing_about_the_upstream() {
+async fn an_invalid_request_is_neutral() {
     let addr = upstream(&Stage::default()).await;
     let breaker = CircuitBreakerLayer::new(Trip::consecutive(1));
     let state = breaker.handle();

@@ -71,7 +71,7 @@ fn client(at: SocketAddr, more: &str) -> StackClient<Body> {
 }
 
 #[tokio::test]
-async fn config_makes_a_client_that_tries_again_and_tells_what_it_did() {
+async fn client_from_config_retries_and_counts_its_calls() {
     let fails = Arc::new(AtomicUsize::new(1));
     let at = upstream(fails.clone()).await;
     let client = client(at, "connect_max_total = 2");
@@ -115,7 +115,7 @@ async fn config_makes_a_client_that_tries_again_and_tells_what_it_did() {
 }
 
 #[tokio::test]
-async fn config_makes_a_client_that_calls_nobody_while_its_probe_says_that_it_is_down() {
+async fn client_from_config_rejects_calls_while_its_probe_is_down() {
     let (well, calls) = (Arc::new(AtomicUsize::new(200)), Arc::new(AtomicUsize::new(0)));
     let (says, counts) = (well.clone(), calls.clone());
     let app = Router::new()
@@ -196,7 +196,7 @@ async fn client_rejects_calls_after_one_probe_response_503() {
 }
 
 #[tokio::test]
-async fn config_makes_a_client_of_http_2_from_the_first_byte() {
+async fn client_from_config_uses_http2_from_the_first_byte() {
     let at = upstream(Arc::default()).await;
     let client = client(
         at,
@@ -215,7 +215,7 @@ async fn config_makes_a_client_of_http_2_from_the_first_byte() {
 }
 
 #[tokio::test]
-async fn config_makes_a_client_that_stops_calling_and_checks_health() {
+async fn client_from_config_opens_its_circuit_and_checks_health() {
     let fails = Arc::new(AtomicUsize::new(6));
     let at = upstream(fails.clone()).await;
     let client = client(at, "breaker_failures = 6");
@@ -249,7 +249,7 @@ async fn config_makes_a_client_that_stops_calling_and_checks_health() {
 }
 
 #[tokio::test]
-async fn config_of_nobody_there_fails_in_good_time() {
+async fn call_to_a_closed_port_fails_and_the_check_is_unhealthy() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = listener.local_addr().unwrap();
     drop(listener);
@@ -288,7 +288,7 @@ async fn serve(app: Router) -> SocketAddr {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn config_of_a_deadline_passes_it_on_through_three_services_of_whole_stacks() {
+async fn deadline_passes_through_three_services_with_whole_stacks() {
     let (ticks, calls) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let last = {
         let (ticks, calls) = (ticks.clone(), calls.clone());

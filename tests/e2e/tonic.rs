@@ -61,7 +61,7 @@ fn pushback(status: &Status) -> Option<u64> {
 // ===== Around a server =====
 
 #[tokio::test]
-async fn limit_works_under_tonic_and_a_stream_holds_its_place_until_dropped() {
+async fn limit_works_under_tonic_and_a_stream_holds_its_permit_until_dropped() {
     let (reporter, service) = tonic_health::server::health_reporter();
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
@@ -147,7 +147,7 @@ async fn breaker_under_tonic_counts_failures_in_the_trailers() {
 }
 
 #[tokio::test]
-async fn breaker_under_tonic_does_not_count_answers_to_bad_requests_nor_dropped_streams() {
+async fn breaker_under_tonic_does_not_count_invalid_requests_and_dropped_streams() {
     let service = Obedient::default();
     let breaker = CircuitBreakerLayer::new(Trip::consecutive(1));
     let state = breaker.handle();
@@ -206,7 +206,7 @@ async fn rejection_as_an_error_is_unavailable_to_a_generated_client_and_among_th
 }
 
 #[tokio::test]
-async fn a_client_s_refusal_as_a_response_is_unavailable_with_pushback() {
+async fn rejection_of_a_client_as_a_response_is_unavailable_with_pushback() {
     let addr = serve!(Obedient::default());
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
@@ -230,7 +230,7 @@ async fn a_client_s_refusal_as_a_response_is_unavailable_with_pushback() {
 }
 
 #[tokio::test]
-async fn a_client_s_whole_stack_refuses_with_its_codes_under_a_layer_that_responds() {
+async fn rejections_of_a_whole_client_stack_have_their_codes_under_a_layer_that_responds() {
     let addr = serve!(Obedient::default());
     let breaker = CircuitBreakerLayer::grpc().name("upstream");
     let state = breaker.handle();
@@ -300,7 +300,7 @@ async fn grpc_breaker_counts_the_statuses_that_the_server_causes() {
 }
 
 #[tokio::test]
-async fn a_client_s_breaker_over_a_dead_upstream_keeps_the_code_and_opens() {
+async fn breaker_of_a_client_over_a_dead_upstream_returns_the_code_and_opens() {
     let addr = closed_address().await;
     let as_is = soon(bare(addr).check(ask(""))).await.unwrap_err();
     for respond in [false, true] {
@@ -323,7 +323,7 @@ async fn a_client_s_breaker_over_a_dead_upstream_keeps_the_code_and_opens() {
 }
 
 #[tokio::test]
-async fn a_client_s_stack_goes_into_spawned_tasks() {
+async fn stack_of_a_client_can_move_into_spawned_tasks() {
     let service = Obedient::default();
     let addr = serve!(service.clone());
     let limit = ConcurrencyLimitLayer::new(2).queue(64, Duration::from_secs(10));
@@ -351,7 +351,7 @@ async fn a_client_s_stack_goes_into_spawned_tasks() {
 }
 
 #[tokio::test]
-async fn an_interceptor_goes_around_a_client_s_stack() {
+async fn an_interceptor_can_wrap_the_stack_of_a_client() {
     let addr = serve!(Obedient::default());
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();

@@ -100,7 +100,7 @@ async fn half_open_lets_one_probe_through_of_twenty_callers() {
 }
 
 #[tokio::test]
-async fn a_probe_whose_client_goes_away_does_not_shut_the_gate_for_ever() {
+async fn a_probe_whose_client_disconnects_releases_its_slot() {
     let (addr, stage, state) = half_open().await;
     for round in 1..=3 {
         let mut probe = send_all(addr, ["/"]);
@@ -116,7 +116,7 @@ async fn a_probe_whose_client_goes_away_does_not_shut_the_gate_for_ever() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_open_breaker_refuses_many_callers_at_once_and_nobody_hangs() {
+async fn an_open_breaker_rejects_many_callers_at_once_and_no_call_hangs() {
     let breaker = CircuitBreakerLayer::http();
     let state = breaker.handle();
     let addr = serve(routes(&Stage::default()).layer(breaker.respond())).await;

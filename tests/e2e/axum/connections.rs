@@ -41,7 +41,7 @@ async fn ask(tcp: &mut TcpStream) -> String {
 }
 
 #[tokio::test]
-async fn beyond_the_limit_a_connection_is_told_and_closed() {
+async fn a_connection_beyond_the_limit_is_rejected_and_closed() {
     let (listener, addr, connections) = listener(2);
     tokio::spawn(async move { axum::serve(listener, app()).await });
     let (mut first, mut second) = (open(addr).await, open(addr).await);
@@ -69,7 +69,7 @@ async fn beyond_the_limit_a_connection_is_told_and_closed() {
 
 /// GOAWAY states that the request has not been processed, so the client may retry it.
 #[tokio::test]
-async fn beyond_the_limit_an_http2_connection_hears_of_a_going_away() {
+async fn an_http2_connection_beyond_the_limit_receives_goaway() {
     let (listener, addr, connections) = listener(1);
     tokio::spawn(async move { axum::serve(listener, app()).await });
     let mut first = open(addr).await;
@@ -83,7 +83,7 @@ async fn beyond_the_limit_an_http2_connection_hears_of_a_going_away() {
 }
 
 #[tokio::test]
-async fn a_limit_that_waits_leaves_what_comes_in_the_backlog() {
+async fn a_limit_that_waits_leaves_new_connections_in_the_backlog() {
     let (listener, addr, connections) = listener(1);
     let listener = listener.wait_when_full();
     tokio::spawn(async move { axum::serve(listener, app()).await });
@@ -116,7 +116,7 @@ async fn a_limit_that_waits_counts_connections_only() {
 
 /// 300 connections that send nothing do not disturb the open one, and are closed soon.
 #[tokio::test]
-async fn connections_that_say_nothing_beyond_the_limit_are_closed_soon() {
+async fn silent_connections_beyond_the_limit_are_closed_soon() {
     let (listener, addr, connections) = listener(1);
     tokio::spawn(async move { axum::serve(listener, app()).await });
     let mut first = open(addr).await;
@@ -134,7 +134,7 @@ async fn connections_that_say_nothing_beyond_the_limit_are_closed_soon() {
 }
 
 #[tokio::test]
-async fn bare_hyper_takes_connections_under_the_limit() {
+async fn bare_hyper_accepts_connections_under_the_limit() {
     let (mut listener, addr, connections) = listener(1);
     tokio::spawn(async move {
         loop {

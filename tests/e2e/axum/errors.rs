@@ -5,7 +5,7 @@ use super::*;
 // ===== Single calls =====
 
 #[tokio::test]
-async fn a_client_that_disconnects_mid_stream_frees_its_place() {
+async fn a_client_that_disconnects_mid_stream_releases_its_permit() {
     let stage = Stage::default();
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
@@ -19,7 +19,7 @@ async fn a_client_that_disconnects_mid_stream_frees_its_place() {
 }
 
 #[tokio::test]
-async fn a_client_that_disconnects_while_it_waits_gives_up_its_turn() {
+async fn a_client_that_disconnects_while_it_waits_leaves_the_queue() {
     let (stage, (limit, handle)) = (Stage::default(), two());
     let addr = serve(routes(&stage).layer(limit)).await;
     let mut inside = send_all(addr, ["/a", "/a"]);
@@ -35,7 +35,7 @@ async fn a_client_that_disconnects_while_it_waits_gives_up_its_turn() {
 }
 
 #[tokio::test]
-async fn a_client_that_disconnects_before_the_head_frees_its_place() {
+async fn a_client_that_disconnects_before_the_head_releases_its_permit() {
     let (stage, (limit, handle)) = (Stage::default(), two());
     let addr = serve(routes(&stage).layer(limit)).await;
     let mut calls = send_all(addr, ["/a", "/a"]);
@@ -45,7 +45,7 @@ async fn a_client_that_disconnects_before_the_head_frees_its_place() {
 }
 
 #[tokio::test]
-async fn a_panic_in_a_handler_frees_its_place() {
+async fn a_panic_in_a_handler_releases_its_permit() {
     let stage = Stage::default();
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
@@ -67,7 +67,7 @@ async fn a_panic_in_a_handler_frees_its_place() {
 }
 
 #[tokio::test]
-async fn a_handler_whose_body_breaks_off_frees_its_place_and_counts_as_failure() {
+async fn a_body_error_of_a_handler_releases_the_permit_and_is_a_failure() {
     let stage = Stage::default();
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
@@ -88,7 +88,7 @@ async fn a_handler_whose_body_breaks_off_frees_its_place_and_counts_as_failure()
 
 /// Sends ten waves of 30 calls. A third of each wave is cancelled, at a moment that differs between the waves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn with_clients_that_come_and_go_on_many_threads_nothing_is_lost() {
+async fn clients_that_disconnect_on_many_threads_lose_no_permit() {
     let stage = Stage::default();
     let limit = ConcurrencyLimitLayer::new(3).queue(4, Duration::from_millis(20));
     let places = limit.handle();

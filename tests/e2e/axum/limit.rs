@@ -39,7 +39,7 @@ async fn method_router_layer_does_not_make_a_limit_per_request() {
 }
 
 #[tokio::test]
-async fn one_layer_given_to_three_routes_is_one_limit() {
+async fn one_layer_on_three_routes_is_one_limit() {
     let (stage, (limit, handle)) = (Stage::default(), two());
     let (a, b, c) = (stage.clone(), stage.clone(), stage.clone());
     let app = Router::new()
@@ -108,7 +108,7 @@ async fn into_make_service_does_not_make_a_limit_per_connection() {
 // ===== Rejections =====
 
 #[tokio::test]
-async fn shedding_refuses_eighteen_and_says_when_to_come_back() {
+async fn limit_of_two_rejects_eighteen_of_twenty_with_a_hint() {
     let stage = Stage::default();
     let limit = ConcurrencyLimitLayer::new(2);
     let handle = limit.handle();
@@ -134,7 +134,7 @@ async fn shedding_refuses_eighteen_and_says_when_to_come_back() {
 }
 
 #[tokio::test]
-async fn an_idle_handle_does_not_swallow_the_freed_place() {
+async fn an_idle_clone_does_not_hold_the_released_permit() {
     let stage = Stage::default();
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
@@ -154,7 +154,7 @@ async fn an_idle_handle_does_not_swallow_the_freed_place() {
 }
 
 #[tokio::test]
-async fn a_short_answer_keeps_its_content_length() {
+async fn a_short_response_has_a_content_length() {
     let (stage, (limit, handle)) = (Stage::default(), two());
     let app = routes(&stage)
         .layer(ServiceBuilder::new().layer(CircuitBreakerLayer::http().respond()).layer(limit));

@@ -68,7 +68,7 @@ async fn echoes(socket: &mut Socket) {
 }
 
 #[tokio::test]
-async fn a_socket_holds_its_place_under_the_limit_to_its_end() {
+async fn a_socket_holds_its_permit_to_its_end() {
     let (addr, stage, places) = sockets().await;
     let mut first = dial(addr, "socket").await.unwrap();
     let mut second = dial(addr, "polite").await.unwrap();
@@ -84,7 +84,7 @@ async fn a_socket_holds_its_place_under_the_limit_to_its_end() {
 }
 
 #[tokio::test]
-async fn a_full_limit_refuses_a_socket_before_its_upgrade_or_closes_it_after() {
+async fn a_full_limit_rejects_a_socket_before_its_upgrade_or_closes_it_after() {
     let (addr, stage, places) = sockets().await;
     let _sockets = [dial(addr, "socket").await.unwrap(), dial(addr, "socket").await.unwrap()];
     let Err(WsError::Http(refused)) = dial(addr, "socket").await else { panic!("upgraded") };
@@ -100,7 +100,7 @@ async fn a_full_limit_refuses_a_socket_before_its_upgrade_or_closes_it_after() {
 }
 
 #[tokio::test]
-async fn a_failed_upgrade_leaves_no_place_taken_under_the_limit() {
+async fn a_failed_upgrade_releases_its_permit() {
     let (addr, stage, places) = sockets().await;
     stage.open();
     // The requests are not handshakes: the extractor responds, and no handler takes the permit.
@@ -112,7 +112,7 @@ async fn a_failed_upgrade_leaves_no_place_taken_under_the_limit() {
 }
 
 #[tokio::test]
-async fn events_give_their_place_under_the_limit_back_when_the_browser_goes() {
+async fn an_event_stream_releases_its_permit_when_the_browser_disconnects() {
     let (addr, stage, places) = sockets().await;
     let browser = client();
     let mut streams = Vec::new();

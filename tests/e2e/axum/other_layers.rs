@@ -3,7 +3,7 @@
 use super::*;
 
 #[tokio::test]
-async fn mixed_with_tower_http_in_one_stack_the_limit_still_holds() {
+async fn the_limit_applies_in_one_stack_with_layers_of_tower_http() {
     let (stage, (limit, handle)) = (Stage::default(), two());
     let breaker = CircuitBreakerLayer::http();
     let state = breaker.handle();
@@ -23,7 +23,7 @@ async fn mixed_with_tower_http_in_one_stack_the_limit_still_holds() {
 }
 
 #[tokio::test]
-async fn compression_around_the_limit_holds_the_place_to_its_end() {
+async fn compression_outside_of_the_limit_holds_the_permit_to_the_end() {
     let (stage, (limit, handle)) = (Stage::default(), two());
     let stack = ServiceBuilder::new().layer(CompressionLayer::new()).layer(limit);
     let addr = serve(routes(&stage).layer(stack)).await;
@@ -38,7 +38,7 @@ async fn compression_around_the_limit_holds_the_place_to_its_end() {
 }
 
 #[tokio::test]
-async fn a_timeout_around_the_limit_frees_its_place() {
+async fn a_timeout_outside_of_the_limit_releases_the_permit() {
     let (stage, (limit, handle)) = (Stage::default(), two());
     let timeout = Duration::from_millis(50);
     let stack = ServiceBuilder::new()
@@ -53,7 +53,7 @@ async fn a_timeout_around_the_limit_frees_its_place() {
 }
 
 #[tokio::test]
-async fn axum_s_own_middleware_between_and_an_error_handler_around() {
+async fn rejections_reach_an_outer_error_handler_of_axum() {
     let stage = Stage::default();
     let limit = ConcurrencyLimitLayer::new(1);
     let (places, breaker) = (limit.handle(), CircuitBreakerLayer::http());

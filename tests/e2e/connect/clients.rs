@@ -136,7 +136,7 @@ async fn requests_in_a_row_use_one_connection() {
 }
 
 #[tokio::test]
-async fn callers_who_go_at_random_leave_nothing_behind() {
+async fn callers_that_cancel_at_random_leave_no_permit_in_use() {
     let (addr, _) = serve(hello()).await;
     let layer = ConnectLayer::new().max_per_host(5).queue(CALLERS, Duration::from_secs(9));
     let handle = layer.handle();
@@ -171,7 +171,7 @@ async fn callers_who_go_at_random_leave_nothing_behind() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_request_fails_while_connections_are_renewed_all_the_time() {
+async fn no_request_fails_while_connections_are_recycled_continually() {
     let connections = || ConnectLayer::new().max_per_host(5);
     renewed_all_the_time(Client::builder(connections()).build_http()).await;
     renewed_all_the_time(Client::builder(connections()).http2_only().build_http()).await;
@@ -203,7 +203,7 @@ async fn renewed_all_the_time(client: Client<TcpConnector, Empty<Bytes>>) {
 
 /// The layer alone, under a client that another crate builds.
 #[tokio::test]
-async fn the_client_of_somebody_else_is_bounded_as_well() {
+async fn a_client_of_another_crate_is_bounded_as_well() {
     let (addr, open) = serve(hello()).await;
     let layer = ConnectLayer::new().max_per_host(3);
     let client = hyper_util::client::legacy::Client::builder(buttress::connect::Executor)
@@ -348,7 +348,7 @@ mod tls {
     }
 
     #[tokio::test]
-    async fn over_tls_the_protocol_is_found_out_and_the_cap_holds() {
+    async fn protocol_is_negotiated_over_tls_within_the_cap() {
         for (alpn, protocols) in
             [("h2", &[b"h2".as_slice()] as &[&[u8]]), ("http/1.1", &[b"http/1.1"])]
         {
@@ -380,7 +380,7 @@ mod tls {
     }
 
     #[tokio::test]
-    async fn whom_the_system_does_not_trust_is_not_spoken_to() {
+    async fn connect_to_a_server_that_the_system_does_not_trust_fails() {
         let (addr, _, _) = serve(&[b"h2"], Stage::default()).await;
         let layer = ConnectLayer::new();
         let handle = layer.handle();

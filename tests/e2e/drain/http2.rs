@@ -65,7 +65,7 @@ async fn http2_connection_made_during_the_delay_receives_goaway_at_stopping() {
 }
 
 #[tokio::test]
-async fn http2_client_that_never_answers_ping_is_served_for_the_grace_and_then_rejected() {
+async fn http2_client_that_never_acknowledges_ping_is_served_for_the_grace_and_then_rejected() {
     let Server { addr, lifecycle, stage, task } = Server::start(Duration::ZERO).await;
     let mut client = Client::connect(addr).await;
     let work = client.get("/work").await.unwrap();

@@ -222,12 +222,12 @@ async fn nothing_is_lost(client: impl Fn() -> HyperClient) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_call_before_the_signal_is_lost_and_none_after_the_delay_is_taken() {
+async fn drain_over_http1_loses_no_call_and_accepts_none_after_the_delay() {
     nothing_is_lost(http1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn over_http_2_too() {
+async fn drain_over_http2_loses_no_call_and_accepts_none_after_the_delay() {
     nothing_is_lost(http2).await;
 }
 
@@ -255,7 +255,7 @@ async fn what_never_ends_is_cut_after_the_longest_time_and_counted() {
 }
 
 #[tokio::test]
-async fn http_2_is_told_goaway_and_may_finish() {
+async fn http2_connection_receives_goaway_and_its_calls_end() {
     let longest = Duration::from_secs(20);
     let Server { addr, lifecycle, stage, task, .. } = server(Duration::ZERO, longest).await;
     let tcp = TcpStream::connect(addr).await.unwrap();
@@ -297,7 +297,7 @@ async fn a_server_that_is_dropped_cuts_everything_at_once() {
 
 /// A `Connection` header of the service does not prevent the close.
 #[tokio::test]
-async fn a_drain_closes_connections_after_their_answer_whatever_that_says() {
+async fn a_drain_closes_connections_after_any_response() {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
     let says = |how: &'static str| get(async move || ([("connection", how)], "here"));
     let app = Router::new().route("/keep", says("keep-alive")).route("/hop", says("x-hop"));
@@ -334,7 +334,7 @@ async fn a_handler_that_panics_costs_its_own_connection_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_handler_that_blocks_its_thread_keeps_no_process() {
+async fn a_handler_that_blocks_its_thread_does_not_delay_the_end_of_the_process() {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
     let lifecycle = lifecycle.drain_delay(Duration::ZERO).drain_timeout(Duration::from_millis(100));
     let (go, blocked) = std::sync::mpsc::channel::<()>();
@@ -365,7 +365,7 @@ async fn a_handler_that_blocks_its_thread_keeps_no_process() {
 
 /// The server does not track an upgraded connection. It waits for the guard instead.
 #[tokio::test]
-async fn a_websocket_with_a_guard_says_its_goodbye() {
+async fn a_websocket_with_a_guard_sends_its_close_message() {
     use axum::extract::ws::{CloseFrame, Message, WebSocketUpgrade};
     use tokio_tungstenite::{connect_async, tungstenite::Message as Said};
 
@@ -403,7 +403,7 @@ async fn a_websocket_with_a_guard_says_its_goodbye() {
 
 /// On a paused clock, which advances while no data is received.
 #[tokio::test(start_paused = true)]
-async fn connections_on_which_nothing_is_said_are_closed() {
+async fn silent_connections_are_closed() {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
     let ((listener, addr), server) = (listener().await, lifecycle.clone());
     let _task = tokio::spawn(async move { server.serve(listener, Router::new()).await });
@@ -424,7 +424,7 @@ async fn connections_on_which_nothing_is_said_are_closed() {
 }
 
 #[tokio::test]
-async fn websockets_may_come_over_http_2() {
+async fn websockets_are_served_over_http2() {
     let Server { addr, .. } = server(Duration::ZERO, Duration::ZERO).await;
     let tcp = TcpStream::connect(addr).await.unwrap();
     let (send, connection) = soon(h2::client::handshake(tcp)).await.unwrap();
@@ -452,7 +452,7 @@ async fn layer_rejects_calls_under_a_server_without_graceful_shutdown() {
 
 /// The parts alone: a connection of hyper under the stop signal and the layer of a `Lifecycle`.
 #[tokio::test]
-async fn bare_hyper_drains_with_the_pieces() {
+async fn bare_hyper_drains_with_the_stop_signal_and_the_layer() {
     use hyper_util::{
         rt::TokioIo, server::graceful::GracefulShutdown, service::TowerToHyperService,
     };

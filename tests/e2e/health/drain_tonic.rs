@@ -190,21 +190,21 @@ fn lifecycle(delay: u64, longest: u64) -> Lifecycle {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tonics_own_server_loses_nothing() {
+async fn server_of_tonic_loses_no_call() {
     let (lifecycle, service) = (lifecycle(800, 10_000), Slow::default());
     let (addr, task) = by_tonic(&lifecycle, service.clone()).await;
     nothing_is_lost(&lifecycle, service, addr, task).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tonics_routes_served_by_us_lose_nothing() {
+async fn routes_of_tonic_under_serve_lose_no_call() {
     let (lifecycle, service) = (lifecycle(800, 10_000), Slow::default());
     let (addr, task) = by_us(&lifecycle, service.clone()).await;
     nothing_is_lost(&lifecycle, service, addr, task).await;
 }
 
 #[tokio::test]
-async fn a_stream_that_does_not_listen_is_cut_after_the_longest_time_and_counted() {
+async fn a_stream_that_ignores_the_drain_is_cut_at_the_drain_timeout_and_counted() {
     for ours in [false, true] {
         let (lifecycle, service) = (lifecycle(0, 300), Slow::default());
         let (addr, task) = match ours {

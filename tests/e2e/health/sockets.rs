@@ -87,7 +87,7 @@ async fn serve(app: Router) -> (SocketAddr, JoinSet<()>) {
 }
 
 #[tokio::test]
-async fn probes_are_answered_while_the_server_is_full() {
+async fn probes_receive_responses_while_the_server_is_full() {
     let health = Health::new();
     let search = health.reporter("search").unwrap();
     let limit = ConcurrencyLimitLayer::new(2).queue(100, Duration::from_secs(60)).respond();
@@ -198,7 +198,7 @@ async fn a_probe_of_a_full_server_takes_no_longer_than_one_of_an_empty_one() {
 }
 
 #[tokio::test]
-async fn a_port_of_its_own() {
+async fn health_endpoints_are_served_on_a_separate_port() {
     let health = Health::new();
     let (addr, _server) = serve(Router::new().fallback_service(health.service())).await;
     assert_eq!(ask(Method::GET, addr, "/readyz").await.2, "ok");
@@ -221,7 +221,7 @@ fn sick() -> Router {
 }
 
 #[tokio::test]
-async fn in_front_of_a_whole_router() {
+async fn gate_of_a_whole_router_rejects_calls_while_it_is_down() {
     let probe = failing_self_test();
     let state = probe.handle();
     let app = probe.layer(sick());
@@ -236,7 +236,7 @@ async fn in_front_of_a_whole_router() {
 }
 
 #[tokio::test]
-async fn one_gate_for_all_routes_however_axum_applies_it() {
+async fn all_routes_have_one_gate_however_axum_applies_the_layer() {
     let probe = failing_self_test();
     let state = probe.handle();
     // axum decides which of the wrapped services is probed. The probe fails in either case.

@@ -32,7 +32,7 @@ async fn the_same_over_reqwest() {
 
 /// The retry layer wraps `reqwest::Client` itself. Discarded response bodies are drained here, too.
 #[tokio::test]
-async fn reqwests_own_answers_are_read_away() {
+async fn responses_of_reqwest_are_drained() {
     for (layer, expected) in [
         (retry(), 1..=1),
         // The control: without a drain.

@@ -5,7 +5,7 @@ use super::*;
 // ===== Attempts, delays and requests =====
 
 #[tokio::test]
-async fn three_attempts_over_one_connection_then_the_last_answer() {
+async fn three_attempts_over_one_connection_return_the_last_response() {
     let (addr, heard, connections) = upstream().await;
     let breaker = CircuitBreakerLayer::http();
     let limit = ConcurrencyLimitLayer::new(1);
@@ -140,7 +140,7 @@ async fn an_open_circuit_that_responds_ends_the_loop_too() {
 }
 
 #[tokio::test]
-async fn a_caller_that_goes_away_during_the_wait_leaves_nothing_behind() {
+async fn a_call_cancelled_during_the_delay_leaves_no_permit_in_use() {
     let (addr, heard, _) = upstream().await;
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
@@ -157,7 +157,7 @@ async fn a_caller_that_goes_away_during_the_wait_leaves_nothing_behind() {
 // ===== Body types of the user =====
 
 #[tokio::test]
-async fn request_bodies_that_are_neither_unpin_nor_sync_go_too() {
+async fn request_bodies_that_are_neither_unpin_nor_sync_are_replayed() {
     let (addr, heard, _) = upstream().await;
     let client = ServiceBuilder::new().layer(retry()).service(client());
     let chunks = stream::once(async { Ok::<_, BoxError>(Bytes::from_static(b"hello")) });

@@ -5,7 +5,7 @@ use super::*;
 // ===== Errors =====
 
 #[tokio::test]
-async fn what_never_left_is_retried_for_any_method_and_what_may_have_is_not() {
+async fn unsent_requests_are_retried_for_any_method_and_sent_ones_are_not() {
     for (addr, get, post) in [
         (closed_address().await, 3, 3),
         // The connection is assumed to be stale: five transparent retries, then the ordinary rules.
@@ -35,7 +35,7 @@ async fn what_never_left_is_retried_for_any_method_and_what_may_have_is_not() {
 
 /// If the connect fails, nothing of the body has been read, regardless of its size.
 #[tokio::test]
-async fn a_body_over_the_cap_that_never_left_is_retried() {
+async fn unsent_body_over_the_cap_is_retried() {
     let addr = closed_address().await;
     for method in [Method::PUT, Method::POST] {
         let client = ServiceBuilder::new().layer(retry()).service(client());
@@ -48,7 +48,7 @@ async fn a_body_over_the_cap_that_never_left_is_retried() {
 
 /// RFC 9113 §8.7: the server has not processed the request, so it can be retried for any method, with its body.
 #[tokio::test]
-async fn a_refused_stream_is_sent_again_for_any_method_and_at_once() {
+async fn a_refused_stream_is_retried_for_any_method_at_once() {
     let (listener, addr) = net::listener().await;
     let seen = Arc::new(AtomicUsize::new(0));
     let counter = seen.clone();
@@ -80,7 +80,7 @@ async fn a_refused_stream_is_sent_again_for_any_method_and_at_once() {
 
 /// RFC 9113 §6.8: GOAWAY states the last stream that the server may have processed. The request has a later stream.
 #[tokio::test]
-async fn a_stream_above_goaway_s_last_is_sent_again_for_any_method() {
+async fn a_stream_above_the_last_id_of_goaway_is_retried_for_any_method() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
     const GOAWAY_LAST_0_NO_ERROR: &[u8] = &[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -118,7 +118,7 @@ async fn a_stream_above_goaway_s_last_is_sent_again_for_any_method() {
 
 /// The server responds with 503 without reading the body of the request.
 #[tokio::test]
-async fn a_server_that_sheds_without_reading_the_body_is_tried_again() {
+async fn a_503_before_the_body_is_read_is_retried() {
     let hits = net::Gauge::default();
     let seen = hits.clone();
     let shed = move || {

@@ -151,7 +151,7 @@ async fn http2_connection_may_wait_for_its_first_call_for_the_idle_time() {
 }
 
 #[tokio::test]
-async fn http2_client_that_answers_no_ping_loses_its_connection_and_permit() {
+async fn http2_client_that_acknowledges_no_ping_loses_its_connection_and_permit() {
     let served = serve(|server| server.http2_ping(ms(200), ms(200))).await;
     let mut tcp = connect(served.addr).await;
     // `/events` instead of `/`: a literal path.

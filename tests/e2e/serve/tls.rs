@@ -84,7 +84,7 @@ async fn connection_without_a_handshake_ends_in_time_and_blocks_no_other() {
 
 /// The handshake and the head have one limit together, and the other limits hold over TLS as well.
 #[tokio::test]
-async fn limits_hold_over_tls() {
+async fn limits_apply_over_tls() {
     let limit = ms(500);
     let tls = Tls::serve(|server| server.head_timeout(limit).write_timeout(limit)).await;
     let began = Instant::now();

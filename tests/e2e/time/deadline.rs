@@ -55,7 +55,7 @@ async fn hop(next: SocketAddr, before: Duration) -> SocketAddr {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn passes_through_three_servers_and_the_last_stops_before_the_first_gives_up() {
+async fn deadline_passes_through_three_servers_and_ends_the_work_of_the_last() {
     let (worked, calls) = (Arc::new(Mutex::new(None)), Arc::new(AtomicUsize::new(0)));
     let last = {
         let (worked, calls) = (worked.clone(), calls.clone());

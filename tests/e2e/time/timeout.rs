@@ -79,7 +79,7 @@ fn phase(result: Result<StatusCode, BoxError>) -> TimeoutPhase {
 }
 
 #[tokio::test]
-async fn of_the_head_begins_when_a_body_in_one_piece_has_been_sent() {
+async fn timeout_of_the_head_begins_when_a_body_of_one_frame_has_been_sent() {
     let at = takes(usize::MAX, ms(3)).await;
     let start = Instant::now();
     let status = upload(at, Timeouts::new().head(ms(500)).request_stall(ms(500)), whole()).await;
@@ -88,7 +88,7 @@ async fn of_the_head_begins_when_a_body_in_one_piece_has_been_sent() {
 }
 
 #[tokio::test]
-async fn of_what_takes_nothing_more_of_a_request() {
+async fn request_stall_ends_a_call_whose_upstream_stops_reading() {
     let at = takes(10, ms(30)).await;
     let start = Instant::now();
     let timeouts = Timeouts::http().request_stall(ms(400));
@@ -97,7 +97,7 @@ async fn of_what_takes_nothing_more_of_a_request() {
 }
 
 #[tokio::test]
-async fn of_a_request_that_falls_silent_on_its_way() {
+async fn request_idle_ends_a_call_whose_request_body_stalls() {
     let frame = || Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"frame")));
     let body = StreamBody::new(stream::iter([frame(), frame()]).chain(stream::pending()));
     let at = takes(usize::MAX, ms(0)).await;

@@ -139,7 +139,7 @@ async fn http2_client_without_a_window_releases_its_permits() {
 }
 
 #[tokio::test]
-async fn unread_responses_hold_their_permits_on_a_streaming_server_and_where_it_is_off() {
+async fn unread_responses_hold_their_permits_on_a_streaming_server_and_without_max_unread() {
     for toml in ["streaming = true", "limit_max_unread = 'off'"] {
         let (at, handle) = serve(1, toml).await;
         assert_eq!(handle.config().limit.max_unread, None);

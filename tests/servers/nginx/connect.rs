@@ -76,7 +76,7 @@ fn connections_that_nginx_would_close_are_not_reused() {
 }
 
 #[test]
-fn connections_that_are_closed_without_a_word_are_not_reused() {
+fn connections_that_are_closed_without_notice_are_not_reused() {
     judge(Box::new(Embedded::start()));
 }
 

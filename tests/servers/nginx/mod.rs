@@ -58,7 +58,7 @@ fn no_get_is_lost_and_no_post_is_doubled_through_expiry_and_reloads() {
 
 /// The embedded upstream has to cause the same results as nginx, because it replaces nginx.
 #[test]
-fn the_stand_in_tells_the_same() {
+fn the_embedded_upstream_has_the_results_of_nginx() {
     play(Box::new(Embedded::start()), 2_000);
 }
 

@@ -185,7 +185,7 @@ async fn stop_during_a_drain_does_not_cut_the_connection() {
 
 /// The server waits for a drain no longer than for a second.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn drain_of_a_body_delays_the_end_of_the_server_by_a_second_at_most() {
+async fn drain_of_a_body_delays_the_end_of_the_server_by_a_second_or_less() {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().drain_delay(Duration::ZERO);
     let limit = ConcurrencyLimitLayer::new(1);
     let _permit = limit.handle().try_acquire().unwrap();
