@@ -25,7 +25,7 @@ const MISTAKES: [(&str, &[&str]); 5] = [
 ];
 
 #[test]
-fn mistakes_are_told_with_their_remedy() {
+fn errors_of_the_compiler_state_the_remedy() {
     let house = Path::new(env!("CARGO_MANIFEST_DIR"));
     let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("compile_fail");
     fs::create_dir_all(&project).unwrap();

@@ -134,7 +134,7 @@ fn an_admitted_call_allocates_nothing() {
 
 /// A closed breaker with each kind of rule, with and without failures in its window, and with all options.
 #[test]
-fn a_closed_breaker_allocates_nothing_however_it_is_set() {
+fn a_closed_breaker_allocates_nothing_with_any_setting() {
     let slow = Trip::slow_ratio(0.5, Duration::from_secs(9));
     let count = || Trip::failure_ratio(0.5).over(100);
     in_runtime(|| {
@@ -169,7 +169,7 @@ fn a_closed_breaker_allocates_nothing_however_it_is_set() {
 
 /// A limit of each kind below its maximum, with all options that do not need to allocate.
 #[test]
-fn a_limit_with_room_allocates_nothing_however_it_is_set() {
+fn a_limit_with_a_free_permit_allocates_nothing_with_any_setting() {
     let by_number =
         |n: &u64| CallClass::from(Priority::NORMAL.with_key(n.to_le_bytes())).partition(0);
     let by_path = |request: &Request<()>| match request.uri().path() {
@@ -199,7 +199,7 @@ fn a_limit_with_room_allocates_nothing_however_it_is_set() {
 
 /// A rejection allocates the box of its error, or nothing if `respond_with` returns another value.
 #[test]
-fn a_refused_call_allocates_at_most_once() {
+fn a_rejected_call_allocates_at_most_once() {
     fn refused<L>(layer: L, most: u64)
     where
         L: Layer<Echo>,
@@ -254,7 +254,7 @@ fn an_admitted_http_call_allocates_nothing_to_the_end_of_its_body() {
 
 /// The token in the extensions of the request, and the map of the extensions, which a server has usually filled before.
 #[test]
-fn a_call_that_may_be_told_to_end_costs_its_extension() {
+fn a_call_with_a_drain_token_allocates_only_for_its_extension() {
     in_runtime(|| {
         let lifecycle = buttress::Lifecycle::without_signals(&Health::new()).unwrap();
         assert_eq!(http(lifecycle.layer()), 300);
@@ -262,7 +262,7 @@ fn a_call_that_may_be_told_to_end_costs_its_extension() {
 }
 
 #[test]
-fn a_timeout_on_an_answer_that_is_ready_allocates_nothing() {
+fn a_timeout_on_a_response_that_is_ready_allocates_nothing() {
     use buttress::TimeoutLayer;
     // No runtime here: a timer would panic.
     assert_eq!(generic(TimeoutLayer::http().per_response()), 0);

@@ -77,7 +77,7 @@ fn a_call_that_is_not_retried_allocates_nothing() {
 }
 
 #[test]
-fn nor_does_one_that_a_user_has_a_say_in() {
+fn a_call_that_matches_no_retry_rule_of_the_user_allocates_nothing() {
     let layer = RetryLayer::http().retry_on(http::StatusCode::CONFLICT);
     let mut service = layer.retry_if(|seen| (seen.attempt() > 9).then_some(true)).layer(Plain(200));
     let get = || Request::get("/").body(Empty::<Bytes>::new()).unwrap();
@@ -87,7 +87,7 @@ fn nor_does_one_that_a_user_has_a_say_in() {
 /// A URI made from a `String`, as in most clients. A URI without an authority has an unshared buffer, which its first
 /// clone converts to a shared one.
 #[test]
-fn a_uri_made_at_run_time_costs_what_its_first_copy_costs() {
+fn a_uri_made_at_run_time_costs_what_its_first_clone_costs() {
     let mut service = RetryLayer::http().layer(Plain(200));
     for (uri, cost) in [("http://127.0.0.1:8080/a", 0), ("/a/b?c=d", 1)] {
         let get = || Request::get(uri.to_owned()).body(Empty::<Bytes>::new()).unwrap();
@@ -99,7 +99,7 @@ fn a_uri_made_at_run_time_costs_what_its_first_copy_costs() {
 
 /// The layer saves the headers, because the call consumes the request.
 #[test]
-fn headers_cost_one_allocation_half_of_what_a_copy_of_them_costs() {
+fn headers_cost_one_allocation_half_of_what_a_clone_costs() {
     let mut service = RetryLayer::http().layer(Plain(200));
     let headers: HeaderMap = [("host", "x"), ("accept", "*/*"), ("x-mine", "1")]
         .into_iter()
@@ -124,7 +124,7 @@ fn headers_cost_one_allocation_half_of_what_a_copy_of_them_costs() {
 }
 
 #[test]
-fn nor_does_one_of_any_clone_type() {
+fn a_call_of_any_clone_type_that_is_not_retried_allocates_nothing() {
     #[derive(Clone)]
     struct Echo;
     impl Service<u64> for Echo {
