@@ -1,4 +1,4 @@
-//! The closure judges another error than the service gives.
+//! The closure classifies another error type than that of the service.
 
 fn wants<S: tower::Service<u32>>(_: S) {}
 

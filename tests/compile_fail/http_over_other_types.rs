@@ -1,4 +1,4 @@
-//! The default speaks HTTP, the service does not.
+//! The layer is for HTTP by default, and the service has other types.
 
 fn wants<S: tower::Service<u32>>(_: S) {}
 

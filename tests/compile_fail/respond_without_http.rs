@@ -1,4 +1,4 @@
-//! A response of whose type?
+//! `respond` needs HTTP responses, and the service has others.
 
 fn wants<S: tower::Service<u32>>(_: S) {}
 

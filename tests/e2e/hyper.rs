@@ -35,7 +35,7 @@ async fn upstream(stage: &Stage) -> std::net::SocketAddr {
     serve(app).await
 }
 
-/// Two calls reach the server. The others wait in the client, and the server does not see them.
+/// Two calls reach the server. The others wait in the client and do not reach the server.
 async fn two_of_twenty(stage: &Stage, limit: &ConcurrencyLimitHandle, mut calls: JoinSet<Bytes>) {
     until(|| limit.snapshot().waiting as usize == CALLERS - 2).await;
     until(|| stage.inside.now() == 2).await;

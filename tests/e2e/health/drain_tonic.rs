@@ -75,7 +75,7 @@ fn client(addr: SocketAddr) -> HealthClient<Channel> {
     HealthClient::new(Endpoint::from_shared(format!("http://{addr}")).unwrap().connect_lazy())
 }
 
-/// Calls `check`, again if the call was not sent. hyper's client of HTTP/2 notices a GOAWAY when it is given the next
+/// Calls `check`, again if the call was not sent. hyper's client of HTTP/2 detects a GOAWAY when it is given the next
 /// request: it cancels this request, and tonic does not repeat it.
 async fn check_again(mut client: HealthClient<Channel>) {
     let result = client.check(asking("quick")).await;

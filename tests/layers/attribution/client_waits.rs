@@ -68,7 +68,7 @@ async fn a_hang_up_between_two_attempts_is_neutral() {
     let (inner, watch) = Strict::answering(|| crate::support::Then::Answer(status(503)));
     let backoff = || std::iter::repeat(secs(20));
     let retry = RetryLayer::http().backoff_with(backoff);
-    // The unusual order: the breaker sees whole calls.
+    // The unusual order: the breaker records whole calls.
     let client = breaker.layer(retry.layer(inner));
     for _ in 0..5 {
         let request = Request::new(Empty::<bytes::Bytes>::new());

@@ -505,7 +505,7 @@ async fn calls_prefer_a_connection_that_is_not_to_be_closed() {
     assert_eq!((seen.created, seen.open), (2, 1), "the old connection is closed: {seen:?}");
 }
 
-/// Two hosts want the one free place of all: it is not handed to and fro.
+/// Two hosts wait for the last permit of the total: it does not pass back and forth between them.
 #[tokio::test(start_paused = true)]
 async fn calls_of_two_hosts_that_wait_for_the_same_permit_acquire_it_in_order() {
     let wires = Wires::new(1);
@@ -594,7 +594,7 @@ async fn no_call_hangs_and_no_stream_is_lost_in_any_schedule() {
     }
 }
 
-/// A call that is to open the first connection of its host, and waits for a place among all.
+/// A call that is to open the first connection of its host, and waits for a permit of the total.
 #[tokio::test(start_paused = true)]
 async fn wait_for_the_permit_of_a_first_connection_does_not_open_a_circuit() {
     use buttress::{CircuitBreakerLayer, Trip, breaker::CircuitState};

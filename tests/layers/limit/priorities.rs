@@ -90,7 +90,7 @@ contract_tests!(One);
 
 // ===== Faulty sorters =====
 
-/// The sorter runs before the call acquires a permit, so its panic loses the request and nothing else.
+/// The classifier runs before the call acquires a permit, so its panic loses the request and nothing else.
 #[tokio::test(start_paused = true)]
 async fn a_classifier_that_panics_acquires_no_permit() {
     let sort: ByRequest = |request| match request.extensions().get() {
@@ -551,7 +551,7 @@ proptest! {
 
 // ===== Priorities =====
 
-/// A sorter of requests that are priorities: each claims itself.
+/// A classifier of requests that carry their own class.
 #[derive(Clone)]
 struct Itself;
 
