@@ -64,7 +64,7 @@ async fn events() -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
         sleep(Duration::from_millis(20)).await;
         Some((Ok(Event::default().data(format!("tick {n}"))), n + 1))
     });
-    // Without the comments of `KeepAlive`, the server does not notice that a browser has left a stream without events.
+    // Without the comments of `KeepAlive`, the server does not detect that a browser has left a stream without events.
     Sse::new(ticks).keep_alive(KeepAlive::default())
 }
 
@@ -172,7 +172,7 @@ async fn says(socket: &mut Socket) -> Result<bool, BoxError> {
     Ok(socket.next().await.ok_or("closed")?? == Said::text("hello"))
 }
 
-/// Waits until this number of the three permits is available. The server notices a disconnected client with a delay.
+/// Waits until this number of the three permits is available. The server detects a disconnected client with a delay.
 async fn free(places: &ConcurrencyLimitHandle, wanted: u32) -> Result<(), BoxError> {
     for _ in 0..500 {
         if places.in_flight() + wanted <= 3 {

@@ -6,7 +6,7 @@
 //!
 //! The example runs a server and two clients (HTTP/1 and HTTP/2) with all layers over real sockets. Callers hang up at
 //! any point. Bodies fail and panic. Handlers panic, hang and end responses early. Vandals send incomplete requests and
-//! reset their connections. A task changes limits and maximums, forces circuits and renews connections.
+//! reset their connections. A task changes limits and maximums, forces circuits and recycles connections.
 //!
 //! At the same time untrusted clients call a gateway in front of a healthy upstream. They hang up, set short deadlines,
 //! send slowly, read slowly or not at all, send nothing, half a head or a trickled body, and send strange keys. The
