@@ -57,7 +57,7 @@
 //! | [connection housekeeping](#connection-housekeeping) | not counted | releases its slot |
 //!
 //! The table of [`Http`](crate::classify::Http) maps responses to outcomes. The table of
-//! [`call`](crate::outcome#which-side-caused-it) states which side caused a failure. All layers share both.
+//! [`outcome`](crate::outcome#which-side-caused-it) states which side caused a failure. All layers share both tables.
 //!
 //! Thresholds are inclusive, and so are the ends of open times and timeouts. An outcome that belongs to an earlier
 //! state changes nothing: a call that was admitted before the trip can neither close the circuit nor open it again.

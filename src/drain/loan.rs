@@ -28,8 +28,8 @@ use http::Request;
 pub(crate) struct Loan(Arc<dyn Reclaim>);
 
 impl Loan {
-    /// Lends the body of a request that a server received: axum's (feature `axum`) or tonic's (features `tonic` and
-    /// `tonic`). Returns `None` for all others, and if the body has ended.
+    /// Lends the body of a request that a server received: axum's (feature `axum`) or tonic's (feature `tonic`).
+    /// Returns `None` for all others, and if the body has ended or must not be drained.
     pub(crate) fn of<B: 'static>(request: &mut Request<B>) -> Option<Self> {
         let request: &mut dyn Any = request;
         #[cfg(feature = "axum")]

@@ -19,9 +19,9 @@
 //! # Which bodies
 //!
 //! The layers are generic in the body of the request and do not require `Body + Send`, so the bodies of servers are
-//! recognized by their type: hyper's `Incoming` (feature `hyper`), axum's (feature `axum`) and tonic's (features
-//! `tonic`). All other bodies are dropped. tonic uses one type on both sides, see
-//! [`is_from_tonic_client`].
+//! recognized by their type: hyper's `Incoming` (feature `hyper`), axum's (feature `axum`) and tonic's (feature
+//! `tonic`). All other bodies are dropped. tonic uses one body type for its servers and its clients:
+//! [`is_from_tonic_client`] distinguishes them.
 //!
 //! After `Expect: 100-continue` the client waits for an invitation, which hyper sends when the body is polled for the
 //! first time. The body of such a request is drained only if it has been polled before.

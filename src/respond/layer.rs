@@ -28,9 +28,9 @@ use crate::{
 /// your own that fails with [`Rejected::new`]. A gateway returns such a response to its own caller.
 ///
 /// A tonic client receives `UNAVAILABLE`, `RESOURCE_EXHAUSTED` or `DEADLINE_EXCEEDED` with the pushback. Without this
-/// layer it receives the code without the pushback if the feature `tonic` is on, and otherwise
-/// `UNKNOWN`. With one of these features, a call that the timer of a tonic channel ends is `DEADLINE_EXCEEDED` instead
-/// of tonic's `CANCELLED`.
+/// layer it receives the code without the pushback if the feature `tonic` is on, and otherwise `UNKNOWN`. With the
+/// feature `tonic`, a call that the timer of a tonic channel ends is `DEADLINE_EXCEEDED` instead of tonic's
+/// `CANCELLED`.
 ///
 /// ```
 /// use buttress::{CircuitBreakerLayer, RespondLayer, RetryLayer};

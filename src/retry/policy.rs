@@ -195,7 +195,7 @@ pub(crate) struct DecisionInput {
     pub(crate) made: u32,
     /// A retry for this outcome is transparent.
     pub(crate) is_transparent: bool,
-    /// The number of them that were followed by a transparent retry.
+    /// The number of attempts that were followed by a transparent retry.
     pub(crate) transparent: u32,
     /// The number of retries made for each kind of failure.
     pub(crate) retries_by_kind: PerKind<u32>,

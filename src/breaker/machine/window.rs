@@ -40,7 +40,7 @@
 //! - Only good calls are counted without the lock: a bad call may have to open the circuit.
 //! - `newest` never decreases. If the clock goes back, calls are counted in the newest stretch.
 //!
-//! `loom_window_rotation_loses_nothing` in the models of the cell checks an addition against a rotation.
+//! `loom_window_rotation_loses_nothing` in the models of `sync_machine` checks an addition against a rotation.
 
 use std::{array, time::Duration};
 
