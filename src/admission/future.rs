@@ -37,7 +37,8 @@ pin_project! {
 
     impl<S, Req, F, C, P: Policy<Req>, M, R> PinnedDrop for AdmissionFuture<S, Req, F, C, P, M, R> {
         fn drop(this: Pin<&mut Self>) {
-            // Before the inner future is dropped, because the drop of the request body changes the mark.
+            // The clock is set before the inner future is dropped, because the drop of the request body changes the
+            // mark.
             if let CallStateProj::Called { permit, mark, .. } = this.project().state.project() {
                 if permit.state().is_some() {
                     set_clock(permit, mark);
@@ -56,7 +57,7 @@ pin_project! {
     where
         P: Policy<Req>,
     {
-        // Before the permit, so that the inner future is dropped before the permit is released.
+        // Declared before the permit, so that the inner future is dropped before the permit is released.
         Called {
             #[pin]
             future: F,

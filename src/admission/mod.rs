@@ -48,7 +48,7 @@ pub(crate) enum Admit<T, W> {
     Reject(Rejected),
 }
 
-/// The deadline and the sent mark of a request. Each method reads the request.
+/// The terms of a request: its deadline, its sent mark, and whether it is a health call. Each method reads the request.
 pub(crate) trait Terms {
     /// Returns the deadline of the call.
     fn deadline(&self) -> Option<Deadline>;
@@ -74,8 +74,8 @@ pub(crate) trait Policy<Req>: Clone + Send + Sync + 'static {
     /// The layer that rejections name.
     const LAYER: LayerKind;
 
-    /// Returns whether a call would be admitted now. Reserves nothing. A wrong result costs time, but
-    /// [`admit`](Self::admit) decides.
+    /// Returns whether a call would be admitted now. Reserves nothing. A wrong result only costs time,
+    /// because [`admit`](Self::admit) decides.
     fn peek(&self) -> bool;
 
     /// Decides whether this call is admitted under the terms of its request.

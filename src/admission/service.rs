@@ -167,8 +167,8 @@ where
                 let mut guard = PassGuard::<Req, P>::new(&self.policy, pass);
                 let (mut deadline, mut mark) = (None, None);
                 if self.policy.attributes() {
-                    // Read before the call, because code that may panic after it makes the compiler copy the inner
-                    // future.
+                    // Read before the call, because code that may panic after the call makes the compiler copy the
+                    // inner future.
                     deadline = CallerDeadline::of(self.protocol.deadline(&request));
                     mark = measured(self.protocol.sent_mark(&request));
                 }

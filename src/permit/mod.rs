@@ -4,12 +4,13 @@
 //!
 //! - A **permit** (`Permit`) is the right to make one call. It is released exactly once, with the outcome of the call.
 //!   The future of the call holds it, then the response body ([`TrackedBody`]).
-//! - A **token** (`Token`) is the record of the admission that the permit carries: two words whose meaning only the
-//!   state that issued them knows. It is plain data, so a permit can be type-erased.
+//! - A **token** (`Token`) is the record of the admission that the permit carries: the generation
+//!   with flags of the state that issued it, and the clock that measures the upstream. It is plain data, so a permit
+//!   can be type-erased.
 //! - A **state** implements `Release`: a circuit, a limit, a registry of calls. It issues tokens, and receives each of
 //!   them with an outcome.
-//! - A **generation** is a counter that increases with each change of the state, or with each reuse of a slot. The token
-//!   contains the generation in which the call was admitted. A release with an older generation changes nothing.
+//! - A **generation** is a counter that increases with each change of the state, or with each reuse of a slot. The
+//!   token contains the generation in which the call was admitted. A release with an older generation changes nothing.
 //! - A **state reference** (`StateRef`) is the part of the permit that leads to the state. It is one of the two below.
 //!
 //! # Two ways to the state
@@ -21,7 +22,7 @@
 //! | mechanism | cost per call | for |
 //! |---|---|---|
 //! | a count: `ShardedArc`, a reference count in **shards** that threads rarely share, or one `Arc` | two atomic writes | calls that need the whole state at their release: probes, calls that change a circuit, adaptive limits, keyed circuits, attempts |
-//! | a **slot**: a leaked and reused word (`Slot`) with a weak way to the state | none | calls whose release needs the word only: calls of a closed circuit, calls of a fixed limit, timed calls |
+//! | a **slot**: a leaked and reused word (`Slot`) with a weak reference to the state | none | calls whose release needs the word only: calls of a closed circuit, calls of a fixed limit, timed calls |
 //!
 //! ```text
 //!              counted                                  leaked
@@ -40,14 +41,14 @@
 //! 2. The policy makes the permit of the token and a state reference: the slot if the word suffices for the release, a
 //!    shard otherwise.
 //! 3. The permit records the wait for the upstream and the response head.
-//! 4. The permit is released at the head or at the end of the body, as `Release::release_at` states; with a drop at
-//!    any time.
+//! 4. The permit is released at the head or at the end of the body, as `Release::release_at` states. A
+//!    drop releases it at any time.
 //! 5. `Release::release` receives the token. A slot either handles it by its word, or looks up the state under its
 //!    lock, with the generation.
 //!
-//! The files explain themselves: `permit` the life of a permit, `release` what a state implements,
-//! `sharded` the shards, `slot` the slots and their memory
-//! orderings, `state_ref` the two kinds of references, `body` the end of responses.
+//! Each file begins with its explanation: `permit` explains the life of a permit, `release` the interface of a state,
+//! `sharded` the shards, `slot` the slots and their memory orderings, `state_ref` the two kinds of references, and
+//! `body` the end of responses.
 
 mod body;
 #[allow(clippy::module_inception)] // The file of the type that the module is named for.

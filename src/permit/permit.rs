@@ -12,13 +12,13 @@
 //!
 //! # Invariants
 //!
-//! - [`Release::release`] is called exactly once per token. The owner of the state is an `Option` that the release takes, so a
-//!   second release and the destructor find `None`. Such a permit is *spent*.
+//! - [`Release::release`] is called exactly once per token. The owner of the state is an `Option` that the release
+//!   takes, so a second release and the destructor find `None`. Such a permit is *spent*.
 //! - The release happens in `Drop` if it has not happened before: also when the future is dropped before its first
 //!   poll, or while the thread unwinds.
 //! - A token of an earlier generation must not change the current state. The state compares the generations.
-//! - Every outcome other than a success is [attributed](crate::outcome::attribute) before the state receives it. A state
-//!   can therefore count each failure against the upstream.
+//! - Every outcome other than a success is [attributed](crate::outcome::attribute) before the state receives it. A
+//!   state can therefore count each failure against the upstream.
 
 use std::{fmt, mem, sync::Arc};
 
@@ -35,8 +35,8 @@ use crate::outcome::{
 
 /// The right to make one call. See the [module](super).
 ///
-/// A permit is released once, with the outcome of its call. Dropping it releases it as well: with a failure if the inner
-/// service panicked, and otherwise with the outcome of a call that its caller dropped.
+/// A permit is released once, with the outcome of its call. Dropping it releases it as well: with a failure if the
+/// inner service panicked, and otherwise with the outcome of a call that its caller dropped.
 pub struct Permit<G: StateRef = DynStateRef> {
     /// The state that issued the permit. `None` once the permit is spent.
     state: Option<G>,
@@ -48,7 +48,8 @@ pub struct Permit<G: StateRef = DynStateRef> {
 /// often.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CallContext {
-    /// The outcome of a drop. `None`: the [`DropCause`](crate::outcome::DropCause) decides, and without one it is a hang-up.
+    /// The outcome of a drop. `None`: the [`DropCause`](crate::outcome::DropCause) decides, and without one it is a
+    /// hang-up.
     drop_as: Option<Outcome>,
     caller_deadline: Option<CallerDeadline>,
     /// A mark of the request's progress [sets](Permit::set_clock) the clock.
@@ -59,7 +60,8 @@ pub(crate) struct CallContext {
     measures_body: bool,
     /// The state records what the response body waits for.
     follows_reader: bool,
-    /// The state watches whether the response body is read. Before the body is tracked: the state requests it.
+    /// The state watches whether the response body is read. Before the body is tracked: the state has requested the
+    /// watch.
     is_watched: bool,
     waits_for: WaitsFor,
 }

@@ -49,8 +49,8 @@ pub enum ReleaseAt {
 
 /// The state that issues permits and receives the outcomes of their calls.
 ///
-/// The trait is object-safe, so that the type of a response body does not depend on the layer. It is sealed: it cannot be
-/// implemented outside of this crate.
+/// The trait is object-safe, so that the type of a response body does not depend on the layer. It is sealed: it cannot
+/// be implemented outside of this crate.
 pub trait Release: Sealed + Send + Sync + 'static {
     /// Releases the permit of this token and records the outcome of its call. Called exactly once for each token.
     fn release(&self, token: Token, outcome: Outcome);

@@ -6,10 +6,10 @@
 //! [`ShardedArc`] itself is dropped.
 //!
 //! ```text
-//! ShardedArc ─▶ Shards ─┬─▶ Arc ───────────────────▶ state
-//!                     ├─▶ ShardedRef ─▶ Shard (count) ──▶ state
-//!                     └─▶ ShardedRef ─▶ Shard (count) ──▶ state
-//! a call ───────────────▶ ShardedRef ─▶ one of these Shards
+//! ShardedArc ─▶ Shards ─┬─▶ Arc ──────────────────────────▶ state
+//!                       ├─▶ ShardedRef ─▶ Shard (count) ──▶ state
+//!                       └─▶ ShardedRef ─▶ Shard (count) ──▶ state
+//! a call ─────────────────▶ ShardedRef ─▶ one of these shards
 //! ```
 
 use std::{

@@ -2,7 +2,7 @@
 //!
 //! # Mechanism
 //!
-//! A call has to reach the state of its layer for as long as it lasts, and it may outlive the layer. A reference count
+//! A call has to reach the state of its layer until it ends, and it may outlive the layer. A reference count
 //! would keep the state alive, but two threads that write one count spend more time on it than on the rest of the call.
 //! A [`Slot`] needs no count. It is a leaked allocation, so calls hold `&'static` references to it, with two parts:
 //!
@@ -16,8 +16,8 @@
 //!
 //! # Life of a slot
 //!
-//! 1. [`Slot::allocate`] takes a slot from the free list, or leaks a new one. Only the new owner and late calls can reach
-//!    it. The word has the value that the previous owner left in it.
+//! 1. [`Slot::allocate`] takes a slot from the free list, or leaks a new one. Only the new owner and late calls can
+//!    reach it. The word has the value that the previous owner left in it.
 //! 2. The owner initialises the word.
 //! 3. [`Slot::register`] stores the weak reference to the owner. An owner that its calls reach by counted references
 //!    need not register.
@@ -25,9 +25,9 @@
 //! 5. [`Slot::unregister`] removes the weak reference and increments the generation.
 //! 6. [`Slot::recycle`] puts the slot on the free list.
 //!
-//! There are two ways to take the last two steps. An [`OwnedSlot`] takes both when it is dropped: then late calls may find
-//! the slot with another owner. Or the owner takes step 5 and leaves step 6 to its last call, if the word counts the
-//! calls in flight: then there are no late calls.
+//! There are two ways to take the last two steps. An [`OwnedSlot`] takes both when it is dropped: then late calls may
+//! find the slot with another owner. Or the owner takes step 5 and leaves step 6 to its last call, if the word counts
+//! the calls in flight: then there are no late calls.
 //!
 //! # Late calls
 //!
@@ -82,8 +82,8 @@ pub(crate) trait SlotOwner: Sized + Send + Sync + 'static {
     fn free_slots() -> &'static FreeSlots<Self>;
 }
 
-/// A leaked word with a way to its owner: see the [module](self). Aligned to a cache line, so that an owner that often
-/// changes its word does not slow down the calls of others.
+/// A leaked word with a weak reference to its owner: see the [module](self). Aligned to a cache line, so that an owner
+/// that often changes its word does not slow down the calls of others.
 #[repr(align(64))]
 pub(crate) struct Slot<O: SlotOwner> {
     word: O::Word,
@@ -212,8 +212,8 @@ impl<O: SlotOwner> Drop for OwnedSlot<O> {
     }
 }
 
-/// A weak reference to an owner, for calls that rarely use it. It is `Copy`: a clone and a drop of an `Arc` would be two
-/// atomic writes per call to a word that all threads share.
+/// A weak reference to an owner, for calls that rarely use it. It is `Copy`: a clone and a drop of an `Arc` would be
+/// two atomic writes per call to a word that all threads share.
 pub(crate) struct SlotRef<O: SlotOwner> {
     slot: &'static Slot<O>,
     generation: u64,

@@ -9,8 +9,8 @@
 //! | [`ShardedRef`](super::sharded::ShardedRef) of a [`ShardedArc`](super::sharded::ShardedArc) | one reference count per shard; threads use different shards | with the last reference |
 //! | `&'static` to a [`Slot`](super::slot::Slot) | no count: the slot is leaked | with the last counted reference; calls in flight do not keep it alive |
 //!
-//! A permit within a generic future has a [`StateRef`] of a concrete type, so that its release is inlined. A permit in a
-//! response body is type-erased to a [`DynStateRef`], so that the body's type does not name the layer.
+//! A permit within a generic future has a [`StateRef`] of a concrete type, so that its release is inlined. A permit in
+//! a response body is type-erased to a [`DynStateRef`], so that the body's type does not name the layer.
 
 use std::{fmt, ops::Deref, sync::Arc, time::Duration};
 
