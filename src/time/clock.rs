@@ -66,9 +66,9 @@ thread_local! {
 /// A guard for the time in which a thread runs `Service::call` of a stack. While it exists, the layers of the stack
 /// share one reading of the clock, so that a stack with several deadlines reads it once.
 ///
-/// The reading is valid for `Service::call` only, which does not wait. A service below may run another call within it,
-/// and may block before: it discards the reading by [`invalidate`](Self::invalidate) in its `poll_ready`. Without a guard,
-/// [`now`](Self::now) reads the clock each time.
+/// `Service::call` does not wait, so the reading is valid until it returns. An inner service may run another call
+/// within it, and may block before that call. The layers of that call therefore discard the reading in `poll_ready`, by
+/// [`invalidate`](Self::invalidate). Without a guard, [`now`](Self::now) reads the clock each time.
 #[cfg_attr(not(feature = "timeout"), allow(dead_code))] // Only the layers of the feature `timeout` begin a call.
 pub(crate) struct CallClock {
     outermost: bool,

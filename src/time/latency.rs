@@ -1,13 +1,13 @@
 //! Percentiles of recent latencies.
 //!
-//! Two histograms contain the latencies of the current and of the previous window of 30 s. A percentile is computed over
-//! both, so it covers the last 30 to 60 s.
+//! Two histograms contain the latencies of the current and of the previous window of 30 s. A percentile is computed
+//! over both, so it covers the last 30 to 60 s.
 //!
 //! A histogram is log-linear: each octave, from one power of two of nanoseconds to the next, has 128 buckets of equal
 //! width. The upper bound of a bucket exceeds the latencies in it by less than 1/128, which is 0.8 %. The buckets of an
 //! octave, 512 bytes, are allocated when the first latency of the octave is recorded.
 //!
-//! The module takes the time as an argument. The state that contains the value locks it.
+//! Each function takes the time as an argument. The state that contains a [`RecentLatency`] protects it by a lock.
 
 use std::{mem, time::Duration};
 
@@ -59,8 +59,8 @@ impl RecentLatency {
         self.current.count + self.previous.count
     }
 
-    /// Returns the latency that this share of the latencies, 0 to 1, did not exceed. The result is too high by less than
-    /// 1 %. `None` without latencies.
+    /// Returns the latency that this share of the latencies, 0 to 1, did not exceed. The result is too high by less
+    /// than 1 %. `None` without latencies.
     pub(crate) fn percentile(&mut self, share: f64, now: Instant) -> Option<Duration> {
         self.advance(now);
         // The number of latencies that the result must cover: at least 1, so that a share of 0 returns the minimum.

@@ -34,8 +34,8 @@
 //! # Why the comparison of addresses is sound
 //!
 //! The address answers one question: can the published timer disappear, or move to another task, without a poll of this
-//! layer? It cannot if it is a part of the inner future. The inner future is pinned, so none of its parts moves until it
-//! is dropped, and an address within `[start, start + size)` of the future is that of a part of it: the memory of a
+//! layer? It cannot if it is a part of the inner future. The inner future is pinned, so none of its parts moves until
+//! it is dropped, and an address within `[start, start + size)` of the future is that of a part of it: the memory of a
 //! live value is not shared with another value. The part can be cleared or dropped only while the inner future is
 //! polled or dropped by this layer, and after each poll this layer calls [`SharedTimer::poll`] again. When the inner
 //! timer fires, it wakes the same task, which polls this layer.
