@@ -66,9 +66,9 @@ impl Backoff {
         Self::new(Shape::Powers(2.0), base)
     }
 
-    /// Returns a backoff whose delays are drawn from `base` to three times the previous delay ("decorrelated jitter" of
-    /// the article above). The maximum is 5 s, or `base` if that is longer. Other jitter settings have no effect,
-    /// except that [`without_jitter`](Self::without_jitter) triples the delay each time.
+    /// Returns a backoff whose delays are drawn from `base` to three times the previous delay ("decorrelated jitter" in
+    /// the article that [`Backoff`] cites). The maximum is 5 s, or `base` if that is longer. Other jitter settings have
+    /// no effect, except that [`without_jitter`](Self::without_jitter) triples the delay each time.
     pub const fn decorrelated(base: Duration) -> Self {
         Self::new(Shape::Decorrelated, base)
     }

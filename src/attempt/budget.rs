@@ -14,14 +14,14 @@ const MAX_COST: f64 = 1000.0;
 /// A token bucket that bounds retries to a share of the first attempts.
 ///
 /// Each first attempt deposits `ratio` of a retry, and each retry makes a withdrawal of its cost. A small trickle over
-/// time permits retries for a service that is rarely called. The balance is capped. Within any time, the number of
+/// time permits retries for a service that is rarely called. The balance is capped. In any period, the number of
 /// retries is therefore at most `ratio` of the first attempts, plus the trickle, plus the cap.
 ///
 /// Clones share the balance, so that several layers can share a budget.
 ///
-/// The design follows Finagle's `RetryBudget`, with one difference: Finagle's deposits expire, while these have no
-/// effect beyond the cap. This bounds the savings of a busy service as well, and a call that succeeds needs no clock
-/// read. As in gRPC's retry throttling (gRFC A6), a full balance is not written to.
+/// The design follows Finagle's `RetryBudget`, with one difference: Finagle's deposits expire after a time. Here the
+/// cap bounds the balance of a busy service instead, so a call that succeeds needs no clock read. As in gRPC's retry
+/// throttling (gRFC A6), a full balance is not written to.
 #[derive(Clone)]
 pub struct RetryBudget {
     bucket: Arc<TokenBucket>,
@@ -30,8 +30,8 @@ pub struct RetryBudget {
 }
 
 impl RetryBudget {
-    /// Returns a budget of `ratio` retries per first attempt: with 0.2, one retry for five first attempts. Above 0, at
-    /// most 10.
+    /// Returns a budget of `ratio` retries per first attempt: with 0.2, one retry for five first attempts. The ratio
+    /// must be above 0 and at most 10.
     ///
     /// The trickle is 1 retry per second and the cap is 100. The balance starts at 10.
     #[must_use]

@@ -36,7 +36,7 @@ pub enum GiveUpReason {
     BudgetUsedUp,
     /// The `poll_ready` of the wrapped service failed.
     NotReady,
-    /// The configuration of the layer has a fault, with which the layer never retries.
+    /// A setting of the layer cannot work. Such a layer never retries.
     Misconfigured,
 }
 

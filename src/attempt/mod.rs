@@ -1,5 +1,6 @@
-//! The parts that the two attempt layers, retry and hedge, have in common. Both save the request of a call, make attempts with it, and
-//! classify their responses. The retry makes one attempt after the other, the hedge makes them at the same time.
+//! The parts that the two attempt layers, retry and hedge, have in common. Both save the request of a call, make
+//! attempts with it, and classify their responses. The retry makes one attempt after the other, the hedge makes them at
+//! the same time.
 //!
 //! # The life of an attempt
 //!

@@ -15,7 +15,8 @@ use crate::{
 /// A handle that reads the counts of a retry layer and changes its settings while it runs.
 ///
 /// The setters have the values and the errors of the layer's setters. They also change the services that the layer has
-/// built. A call sees a change at the end of its next attempt. Budget, name and protocol cannot change.
+/// built. A change applies to a call in flight from the end of its current attempt. Budget, name and protocol cannot
+/// change.
 #[derive(Clone, Debug)]
 pub struct RetryHandle(pub(super) Arc<RetrySettings>);
 

@@ -319,8 +319,8 @@ impl<M> RetryLayer<M> {
     /// ```
     /// # use std::time::Duration;
     /// # use buttress::RetryLayer;
-    /// let waits = [10, 50, 250].map(Duration::from_millis);
-    /// let retry = RetryLayer::http().attempts(9).backoff_with(move || waits.into_iter());
+    /// let delays = [10, 50, 250].map(Duration::from_millis);
+    /// let retry = RetryLayer::http().attempts(9).backoff_with(move || delays.into_iter());
     /// # let _ = retry;
     /// ```
     ///

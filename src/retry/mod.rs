@@ -90,7 +90,7 @@
 //! | statuses that are retried for any method | [`unprocessed`](RetryLayer::unprocessed) |
 //! | retry after a rejection by an inner layer | [`wait_on_rejection`](RetryLayer::wait_on_rejection) |
 //! | methods that are safe to repeat | [`methods`](RetryLayer::methods), [`assume_idempotent`](RetryLayer::assume_idempotent) |
-//! | both, for each attempt | [`retry_if`](RetryLayer::retry_if): a closure over the request and the result |
+//! | whether an attempt is retried, and whether that is safe | [`retry_if`](RetryLayer::retry_if): a closure over the request and the result |
 //! | maximum number of retries for each kind of failure | [`max_retries_for`](RetryLayer::max_retries_for) |
 //! | share of retries among the calls | [`budget`](RetryLayer::budget), with [costs](RetryBudget::cost) for each kind |
 //! | delay | [`backoff`](RetryLayer::backoff), [`backoff_with`](RetryLayer::backoff_with) |
@@ -168,8 +168,8 @@
 //! long. A request body costs two more small allocations, and is shared, not copied. The wrapped service is cloned only
 //! for a second attempt. The state of the retries is allocated only after a failed attempt.
 //!
-//! Compared with tower's `Retry`, its budget and a cloned request, there is no clock read and there are no more
-//! allocations. There are fewer atomic operations for a request without a body, and slightly more for one with a body,
+//! Compared with tower's `Retry`, its budget and a cloned request, there is no clock read and no additional
+//! allocation. There are fewer atomic operations for a request without a body, and slightly more for one with a body,
 //! and more instructions for HTTP requests. The benchmark of overhead in the repository compares both.
 //!
 //! # Defaults

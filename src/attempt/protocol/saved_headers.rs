@@ -4,10 +4,10 @@
 //! one after the other into one buffer, and makes a `HeaderMap` of them for each further attempt.
 //!
 //! `HeaderMap::clone` costs two allocations, an atomic operation for each value, and one more allocation for each owned
-//! value that has not been shared before. In paired rounds of one run, the codec took about half of its time: 87 instead
-//! of 166 ns for four headers, 200 instead of 404 ns for ten. For the request of the bench `upload_retry`, which has
-//! five headers, it makes 1 allocation instead of 3. Without headers it saves the construction of an empty map. Remove
-//! the codec if the difference for four headers falls below 10 ns.
+//! value that has not been shared before. In paired rounds of one run, the codec took about half of its time: 87
+//! instead of 166 ns for four headers, 200 instead of 404 ns for ten. For the request of the bench `upload_retry`,
+//! which has five headers, it makes 1 allocation instead of 3. Without headers it saves the construction of an empty
+//! map. Remove the codec if the difference for four headers falls below 10 ns.
 //!
 //! The format of a header is a [`PREFIX`], the name and the value. The prefix has the length of the name, and the
 //! length of the value with a bit for `is_sensitive`. Names and values are written from a valid `HeaderMap`, so they

@@ -118,8 +118,8 @@ enum UnreadBody<B> {
     /// it has replaced that reader, which is inside of `poll_frame` on another thread. It leaves its waker here, which
     /// is woken when the body is back.
     Polled(Option<Waker>),
-    /// The body failed while a reader polled it that had been cut off, so that no reader returned the error. A later
-    /// reader has no error to return and must not end as if the body were complete. It stays pending.
+    /// The body failed while a reader that had been cut off polled it, so that no reader returned the error. A later
+    /// reader stays pending: it has no error to return, and an end would make the body look complete.
     Failed,
     Ended,
 }
@@ -317,7 +317,7 @@ impl<B: Body> ReplayReader<B> {
                     });
                 drop(forgotten);
                 self.next = next;
-                // Read here, because one more poll would need the lock again.
+                // Set here, because one more poll would need the lock again.
                 self.done = is_last;
                 (is_cut_off, Frame::data(data))
             }
