@@ -5,8 +5,8 @@
 //! 1. `Protocol::begin` records what the classification needs of the request, before the inner service consumes it.
 //! 2. `Protocol::wrap` converts the response of the inner service into the response of the layer. For HTTP the body
 //!    becomes a [`TrackedBody`] that holds no permit yet.
-//! 3. `Protocol::classify` classifies the response head or the error. It releases the permit, or moves it into the body,
-//!    which releases it at its end (`Eos`).
+//! 3. `Protocol::classify` classifies the response head or the error. It releases the permit, or moves it into the
+//!    body, which releases it at its end (`Eos`).
 //!
 //! Steps 2 and 3 are separate because a response is large: the response is converted once, and then inspected and
 //! changed in place.
@@ -68,8 +68,8 @@ pub trait Protocol<Req, Res, E>: Sealed + Clone + Send + Sync + 'static {
         permit: impl FnOnce() -> Permit<G>,
     ) -> Self::Call;
 
-    /// Returns the measuring permit, which measures the call if the protocol has lent the permit of the admission to the
-    /// handler.
+    /// Returns the measuring permit, which measures the call if the protocol has lent the permit of the admission to
+    /// the handler.
     #[inline]
     fn measuring_permit(call: &mut Self::Call) -> Option<&mut Permit> {
         let _ = call;
@@ -81,7 +81,7 @@ pub trait Protocol<Req, Res, E>: Sealed + Clone + Send + Sync + 'static {
 
     /// Classifies a response or an error. Releases the permit, or moves it into the response body.
     ///
-    /// All three are passed by reference: a value that is moved after it was inspected is copied each time.
+    /// Response, error and permit are passed by reference: a value that is moved after it was inspected is copied.
     fn classify<G: StateRef>(
         call: Self::Call,
         result: Result<&mut Self::Response, &E>,
@@ -134,12 +134,12 @@ pub trait Protocol<Req, Res, E>: Sealed + Clone + Send + Sync + 'static {
 /// | mapped from 529 (`UNKNOWN`) | throttled | if that is safe |
 /// | none at the end of a 200 gRPC response | failure ([`MissingStatus`](Reason::MissingStatus)) | no |
 ///
-/// The failures are those that linkerd counts. A retry and a hedge pass a 200 gRPC response on as soon as its first
-/// message is there, or after 10 ms without one.
+/// The gRPC statuses that are failures are those of linkerd. A retry and a hedge pass a 200 gRPC response on as soon as
+/// its first message is there, or after 10 ms without one.
 ///
 /// A response that an inner layer made because it [rejected](Rejected) the call is cancelled. It is a failure if that
-/// layer timed out for a reason other than the caller: a caller deadline, a stalled or slow request body, or a response
-/// that was not read. A 2xx that is not gRPC is a success in any case.
+/// layer timed out, unless the caller caused the timeout: by its deadline, by a stalled or slow request body, or by a
+/// response that it did not read. A 2xx that is not gRPC is a success in any case.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
 

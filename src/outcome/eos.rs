@@ -15,8 +15,8 @@ type ClassifyTrailers = dyn FnOnce(Option<&HeaderMap>) -> Outcome + Send + Sync;
 pub(crate) enum Eos {
     /// The permit has been released, or the body is not tracked.
     Told,
-    /// The response was not read for too long. Its permit has been released, and a timeout layer within the body ends
-    /// it.
+    /// The response was not read for too long. Its permit has been released, and the body of an inner timeout layer
+    /// ends the response.
     Unread,
     /// The response head has decided this outcome.
     Plain(Outcome),
@@ -57,7 +57,7 @@ impl Eos {
         }
     }
 
-    /// Returns the outcome for a permit that is released at the head. A response that has begun is a success.
+    /// Returns the outcome for a permit that is released at the head: a success, unless the head has decided otherwise.
     pub(crate) fn begun(&self) -> Outcome {
         match self {
             Self::Plain(outcome) => *outcome,

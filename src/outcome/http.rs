@@ -149,7 +149,8 @@ impl Outcome {
     /// Classifies an error by the chain of its sources, for classifiers of your own.
     ///
     /// It distinguishes where the connection failed, a timeout, a rejection by an inner layer
-    /// ([`OutcomeKind::Cancelled`](super::OutcomeKind::Cancelled)) and [connection housekeeping](Self::is_housekeeping).
+    /// ([`OutcomeKind::Cancelled`](super::OutcomeKind::Cancelled)) and [connection
+    /// housekeeping](Self::is_housekeeping).
     ///
     /// A connection that breaks before the response is housekeeping if it had delivered a response before, and
     /// a failure if it was new. [`connect::Client`](crate::connect::Client) records whether it was new.
@@ -160,7 +161,8 @@ impl Outcome {
     /// With the feature `tonic`, a `tonic::Status` is classified by its code, unless one of its sources decides.
     #[must_use]
     pub fn of_error(error: &(dyn Error + 'static)) -> Self {
-        // The innermost known cause decides, because a client's wrappers are less specific than the errors that they wrap.
+        // The innermost known cause decides, because a client's wrappers are less specific than the errors that they
+        // wrap.
         let mut cause = Cause::failure(Reason::Error);
         let mut transport = Transport::default();
         for error in error::chain(error) {

@@ -17,7 +17,8 @@
 //! # Which side caused it
 //!
 //! A failure counts against the upstream only if the upstream caused it. This table states how every layer counts every
-//! cause. The column *retry* assumes an attempt left, a budget and a body that can be replayed.
+//! cause. The column *retry* assumes an attempt left, a budget and a body that can be replayed. A *drop* is a
+//! [sample](crate::limit::adaptive#samples) that signals overload to an adaptive limit.
 //!
 //! | cause | outcome | breaker | half-open probe | adaptive limit | retry | hedge |
 //! |---|---|---|---|---|---|---|
@@ -42,11 +43,11 @@
 //! connection is therefore classified like the end of any other connection. An HTTP/1 connection that ends within the
 //! response head is classified as if it had ended before the first byte.
 //!
-//! `count_cancelled_after` is 1 s by default. The [breaker](crate::breaker::CircuitBreakerLayer::count_cancelled_after) and the
-//! [limit](crate::limit::ConcurrencyLimitLayer::count_cancelled_after) have setters for it. Time is attributed to the upstream
-//! from when the request has been sent. A request without a body is sent at the call. The end of a request body is
-//! detected if a retry or a hedge is outside of the measuring layer (they publish a [`SentMark`]), or a timeout is
-//! inside of it. Otherwise the clock starts at the call.
+//! `count_cancelled_after` is 1 s by default. The [breaker](crate::breaker::CircuitBreakerLayer::count_cancelled_after)
+//! and the [limit](crate::limit::ConcurrencyLimitLayer::count_cancelled_after) have setters for it. Time is attributed
+//! to the upstream from when the request has been sent. A request without a body is sent at the call. The end of a
+//! request body is detected if a retry or a hedge is outside of the measuring layer (they publish a [`SentMark`]), or a
+//! timeout is inside of it. Otherwise the clock starts at the call.
 //!
 //! A layer attributes the drop of a call to an outer timeout only if the drop happens in the task of the timeout.
 //! `tokio::spawn` between the two layers hides the cause, and the call counts as a hang-up.

@@ -33,7 +33,7 @@ pub(crate) enum LayerKind {
     Retry,
     Connect,
     Timeout,
-    /// A timeout around a service of this server: the server itself was too slow, and no upstream.
+    /// A timeout around a service of this server: the server itself was too slow, not an upstream.
     ServerTimeout,
     Deadline,
     /// The application, by [`Rejected::new`].
@@ -73,7 +73,7 @@ impl Rejected {
     }
 
     pub(crate) fn misconfigured(layer: LayerKind, label: Arc<LayerName>) -> Self {
-        // The response of a rejected call does not contain the error, so the log is the only place that does.
+        // A response to a rejected call does not contain the error, so the log must.
         if let Some(fault) = &label.fault {
             fault.report(layer.as_str(), "every call is rejected");
         }
@@ -163,7 +163,7 @@ impl Rejected {
         matches!(self.kind, RejectedKind::TimedOut(_))
     }
 
-    /// Returns whether this server was too slow, and no upstream.
+    /// Returns whether this server was too slow, not an upstream.
     pub(crate) const fn is_by_server(&self) -> bool {
         matches!(self.layer, LayerKind::ServerTimeout)
     }

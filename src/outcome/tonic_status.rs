@@ -10,8 +10,8 @@ use crate::sync::Mutex;
 
 /// Returns the status of a rejection of this kind, with the code and the message that a response would have.
 ///
-/// A [`Rejected`](super::rejected::Rejected) is too small to contain a status. The process therefore has one status per kind,
-/// made when it is first needed and never freed. The number of kinds bounds the map.
+/// A [`Rejected`](super::rejected::Rejected) is too small to contain a status. The process therefore has one status per
+/// kind, made when it is first needed and never freed. The number of kinds bounds the map.
 pub(crate) fn of(kind: RejectedKind) -> &'static Status {
     static STATUSES: LazyLock<Mutex<HashMap<RejectedKind, &'static Status>>> =
         LazyLock::new(Mutex::default);
