@@ -2,9 +2,9 @@
 //!
 //! # Mechanism
 //!
-//! [`SyncMachine`] decides, with the time as an argument. [`Circuit`] reads the clock, calls the machine, and publishes the
-//! [`Transition`] that it returns: it wakes the waiters of `changed` and emits events. Both run user code (wakers and
-//! subscribers), so they run after all locks are released.
+//! [`SyncMachine`] decides, with the time as an argument. [`Circuit`] reads the clock, calls the machine, and publishes
+//! the [`Transition`] that it returns: it wakes the waiters of `changed` and emits events. Both run user code (wakers
+//! and subscribers), so they run after all locks are released.
 //!
 //! A call follows one of these paths:
 //!

@@ -252,12 +252,14 @@ impl CircuitBreakerHandle {
         Ok(())
     }
 
-    /// Sets whether calls are never half-open probes. See [`external_probes`](super::layer::CircuitBreakerLayer::external_probes).
+    /// Sets whether calls are never half-open probes. See
+    /// [`external_probes`](super::layer::CircuitBreakerLayer::external_probes).
     pub fn set_external_probes(&self, on: bool) {
         self.configure(|settings| settings.external_probes = on);
     }
 
-    /// Sets the duration of a ramp after closing. Zero is no ramp. See [`ramp`](super::layer::CircuitBreakerLayer::ramp).
+    /// Sets the duration of a ramp after closing. Zero is no ramp. See
+    /// [`ramp`](super::layer::CircuitBreakerLayer::ramp).
     pub fn set_ramp(&self, duration: Duration) {
         self.configure(|settings| settings.ramp = duration);
     }
@@ -269,10 +271,10 @@ impl CircuitBreakerHandle {
 
     /// Replaces the state of the circuit by that of a snapshot.
     ///
-    /// Restored are the state beneath all isolations, the rest of the open time, the number of trips since they
-    /// were last [forgotten](OpenDuration::reset_after), the run of failures and the windows. The circuit of the snapshot must have
-    /// the same rules; a smaller window of calls gets the same share of bad calls. Half-open probes start again, and a
-    /// ramp does not continue. Isolations and the counts of rejections stay as they are.
+    /// Restores the state beneath all isolations, the rest of the open time, the number of trips since they were last
+    /// [forgotten](OpenDuration::reset_after), the run of failures and the windows. The circuit of the snapshot must
+    /// have the same rules; a smaller window of calls gets the same share of bad calls. Half-open probes start again,
+    /// and a ramp does not continue. Isolations and the counts of rejections stay as they are.
     pub fn restore(&self, snapshot: &CircuitBreakerSnapshot) {
         self.0.change(|machine, at| Some(machine.restore(&snapshot.saved, at.now, at.times)));
     }

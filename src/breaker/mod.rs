@@ -40,9 +40,9 @@
 //! ```text
 //!            a rule trips              the open time has passed
 //!  closed ───────────────▶ open ───────────────────────────▶ half-open
-//!    ▲                      ▲         too many probes failed              │
-//!    │                      └─────────────────────────────────────────────┤
-//!    └──────────────────────────────────────── enough probes succeeded ───┘
+//!    ▲                      ▲      too many probes failed        │
+//!    │                      └────────────────────────────────────┤
+//!    └──────────────────────── enough probes succeeded ──────────┘
 //! ```
 //!
 //! | a call ends as | closed | half-open |
@@ -134,10 +134,10 @@
 //! # Half-open
 //!
 //! [`half_open_of(m, n)`](CircuitBreakerLayer::half_open_of) admits `n` probes in total. The circuit closes at the m-th
-//! success, and opens as soon as m successes are impossible. A probe has a [timeout](CircuitBreakerLayer::probe_timeout).
-//! When it expires, the probe has passed if its response head was a success and not slow. It has failed if the head was
-//! bad, or if the probe still waits for it from the upstream. Therefore neither a stream of hours nor a hung call keeps
-//! a circuit half-open.
+//! success, and opens as soon as m successes are impossible. A probe has a
+//! [timeout](CircuitBreakerLayer::probe_timeout). When it expires, the probe has passed if its response head was a
+//! success and not slow. It has failed if the head was bad, or if the probe still waits for it from the upstream.
+//! Therefore neither a stream of hours nor a hung call keeps a circuit half-open.
 //!
 //! The timeout starts when the request has been sent, as far as a [`SentMark`](crate::outcome::SentMark) or a timeout
 //! layer inside of the breaker reveals it. A probe that waits for its caller (to send more of the request or to read
@@ -215,14 +215,14 @@
 //! # In the stack
 //!
 //! In a client, the breaker is inside of the retry layer and outside of the concurrency limit. A rejection by the limit
-//! is no failure of the upstream, and is not counted. An open circuit does not use the service that it wraps. A circuit
-//! that opens wakes the callers that wait for that service, and rejects them.
+//! is no failure of the upstream, and is not counted. While the circuit is open, the layer neither polls nor calls the
+//! wrapped service. A circuit that opens wakes the callers that wait for that service, and rejects them.
 //!
 //! # Balancers
 //!
 //! With [`backpressure`](CircuitBreakerLayer::backpressure) a circuit is not ready while it would reject a call, and
-//! `tower::balance::p2c` uses another endpoint. After the trip only probes reach an endpoint that is down. The circuit
-//! releases what the wrapped service has reserved, and wakes the balancer when the open time has passed, also without
+//! `tower::balance::p2c` uses another endpoint. After the trip only probes reach an endpoint that is down. The layer
+//! releases the reservation of the wrapped service, and wakes the balancer when the open time has passed, also without
 //! traffic. On a ramp it is ready for a growing share of the time. A balancer polls `poll_ready` again before each
 //! call, so only with backpressure may a ready service become not ready before `call`. The example `breaker_balance`
 //! shows a balancer.
@@ -240,10 +240,10 @@
 //! # Cancellation
 //!
 //! A call that is dropped before its response head is not counted, and a probe releases its slot. This holds for a
-//! caller that hangs up and for a [`Deadline`](crate::time::Deadline) of the caller. There is one exception, so that a hung
-//! upstream opens the circuit although every caller ends its call early: the call is a failure if the upstream had the
-//! complete request for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after). A timeout of a layer of
-//! this crate and a deadline that the application sets are failures in any case.
+//! caller that hangs up and for a [`Deadline`](crate::time::Deadline) of the caller. There is one exception, so that a
+//! hung upstream opens the circuit although every caller ends its call early: the call is a failure if the upstream had
+//! the complete request for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after). A timeout of a layer
+//! of this crate and a deadline that the application sets are failures in any case.
 //!
 //! A call that panics is a failure. A caller that waits for a verdict leaves the queue when its future is dropped.
 //!

@@ -76,7 +76,8 @@ impl OpenDuration {
         self.reset_after
     }
 
-    /// Returns the open time after `before` earlier trips since the trips were last forgotten. `rng` is drawn from [0, 1).
+    /// Returns the open time after `before` earlier trips since the trips were last forgotten. `rng` is drawn from
+    /// [0, 1).
     pub(super) fn wait(&self, before: u32, hint: Option<Duration>, rng: f64) -> Duration {
         let growth = self.factor.powi(i32::try_from(before).unwrap_or(i32::MAX));
         let (base, max) = (self.base.as_secs_f64(), self.max.as_secs_f64());

@@ -104,8 +104,8 @@ impl<Req> Policy<Req> for Breaker {
 
     #[inline]
     fn permit(&self, token: Token) -> Permit<CircuitRef> {
-        // A call that holds the slot holds no counted reference. If its outcome changes the machine, the slot has to look
-        // up the circuit under a lock. So only calls of circuits in which a success changes nothing hold the slot.
+        // A call that holds the slot holds no counted reference. If its outcome changes the machine, the slot has to
+        // look up the circuit under a lock. So only calls of circuits in which a success changes nothing hold the slot.
         let holds_slot = self.slot.word().ignores_success() && !is_probe(token);
         let circuit = if holds_slot {
             ShardOrSlot::Slot(self.slot)
@@ -138,8 +138,8 @@ impl<Req> Policy<Req> for Breaker {
 
 // ===== All circuits =====
 
-/// Returns the time of the next change without a call. This includes the ends of probes, which a circuit without
-/// traffic would not notice otherwise.
+/// Returns the time of the next change without a call. This includes the ends of the probes' timeouts,
+/// which no call applies while there is no traffic.
 fn changes_at(circuit: &Circuit) -> Option<Instant> {
     Instant::now().checked_add(circuit.time_to_change()?)
 }

@@ -19,14 +19,14 @@
 //! - A success while the word [ignores successes](PublishedState::ignores_success) is released without further work.
 //!   This also holds if the word belongs to another circuit by now, because the call changes neither circuit.
 //! - Each other outcome looks up the circuit and compares the generation of the word with that of the token, under the
-//!   lock of the slot. If they are equal, the registered circuit is the one that admitted the call, or there is none any
-//!   more. The circuit compares the generation again before it records the outcome.
+//!   lock of the slot. If they are equal, the registered circuit is the one that admitted the call, or there is none
+//!   any more. The circuit compares the generation again before it records the outcome.
 //!
 //! # Orderings
 //!
 //! [`PublishedState::publish`] stores with `Release` and [`PublishedState::load`] loads with `Acquire`: a call that has
-//! loaded a word also reads the times that were published with it (see [`sync_machine`](super::sync_machine)). The locks
-//! of the slot order the words of different circuits.
+//! loaded a word also reads the times that were published with it (see [`sync_machine`](super::sync_machine)). The
+//! locks of the slot order the words of different circuits.
 //!
 //! # What a change must preserve
 //!
@@ -85,8 +85,8 @@ impl StateBits {
         if measured { Self(self.0 | MEASURED) } else { self }
     }
 
-    /// Sets whether the release of a success needs no machine while the circuit is clean: the circuit has no time windows and no
-    /// rule that measures calls, and no map needs the number of its calls. Constant for a circuit.
+    /// Sets whether the release of a success needs no machine while the circuit is clean: the circuit has no time
+    /// windows and no rule that measures calls, and no map needs the number of its calls. Constant for a circuit.
     pub(super) fn plain(self, plain: bool) -> Self {
         if plain { Self(self.0 | PLAIN) } else { self }
     }

@@ -32,7 +32,8 @@
 //!
 //! # Invariants
 //!
-//! - `by_time` has one entry for each probe in flight with a [next change](ProbeRecord::next_change), and no other entry.
+//! - `by_time` has one entry for each probe in flight with a [next change](ProbeRecord::next_change), and no other
+//!   entry.
 //! - `released` has the generations of the probes in flight whose slot is [released](ProbeSlot::Released), and no
 //!   other.
 //! - All writes go through [`Probes::put`] and [`Probes::remove`], which maintain both indices.

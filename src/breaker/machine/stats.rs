@@ -18,8 +18,8 @@ pub(crate) struct Ended {
     pub(crate) took: Nanos,
 }
 
-/// The time windows of all rules. They are not part of [`CallCounts`], because good calls are counted in them without the
-/// lock of the circuit.
+/// The time windows of all rules. They are not part of [`CallCounts`], because good calls are counted in them without
+/// the lock of the circuit.
 pub(crate) type TimeWindows = Box<[TimeWindow]>;
 
 /// The tally of each ratio's window, in the order of the rules.

@@ -31,8 +31,8 @@
 //! ## Overflow
 //!
 //! The lower 32 bits of a bucket count calls, the upper 32 bits count bad calls. A carry would corrupt the upper half.
-//! Good calls are no longer counted from [`SATURATION`], and calls under the lock from one and a half times that value. The
-//! rest of the range is a margin for additions that run at the same time.
+//! Good calls are no longer counted from [`SATURATION`], and calls under the lock from one and a half times that value.
+//! The rest of the range is a margin for additions that run at the same time.
 //!
 //! ## What a change must preserve
 //!

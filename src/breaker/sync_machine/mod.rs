@@ -3,8 +3,8 @@
 //! # Mechanism
 //!
 //! The [`Machine`] is a plain state machine behind a mutex. Before the mutex is released, [`Locked`] publishes a
-//! summary of the machine: the [`PublishedState`] (state, generation and flags) and three times in the [`SyncMachine`]. The
-//! lock-free paths read only this summary:
+//! summary of the machine: the [`PublishedState`] (state, generation and flags) and three times in the [`SyncMachine`].
+//! The lock-free paths read only this summary:
 //!
 //! | operation | lock-free if |
 //! |---|---|
@@ -18,11 +18,11 @@
 //!
 //! # Generations
 //!
-//! Each transition of the machine, and each admission of a probe, increments the generation. A [`CircuitToken`] contains the
-//! generation in which its call was admitted. The outcome of a call counts only if that generation is still the current
-//! one, and the outcome of a probe only if the machine still has the probe. An isolation is not a transition: calls
-//! that were admitted before it still count. The first generation of a machine is higher than each generation that earlier
-//! circuits have published in the same word, so the calls of those circuits are late, too.
+//! Each transition of the machine, and each admission of a probe, increments the generation. A [`CircuitToken`]
+//! contains the generation in which its call was admitted. The outcome of a call counts only if that generation is
+//! still the current one, and the outcome of a probe only if the machine still has the probe. An isolation is not a
+//! transition: calls that were admitted before it still count. The first generation of a machine is higher than each
+//! generation that earlier circuits have published in the same word, so the calls of those circuits are late, too.
 //!
 //! # Outcomes that do not change the machine
 //!
@@ -38,21 +38,21 @@
 //!
 //! # Orderings
 //!
-//! - The word is stored last, with `Release` ([`PublishedState::publish`]), and loaded first, with `Acquire` ([`PublishedState::load`]).
-//!   `until`, `slow_from` and `count_cancelled_after` are stored before it. A path that has loaded the word therefore
-//!   reads the times that were published with this word, or later ones. If it has read *open*, it cannot read the
-//!   `until` of an earlier state.
+//! - The word is stored last, with `Release` ([`PublishedState::publish`]), and loaded first, with `Acquire`
+//!   ([`PublishedState::load`]). `until`, `slow_from` and `count_cancelled_after` are stored before it. A path that has
+//!   loaded the word therefore reads the times that were published with this word, or later ones. If it has read
+//!   *open*, it cannot read the `until` of an earlier state.
 //! - A later `until` is harmless. It is 0 in all other states, which leads to the locked path, or it is the end of a
 //!   later open time, before which a call is rejected anyway.
 //! - Only the holder of the mutex stores the summary. Therefore the summaries are published in the order of the
 //!   operations that they result from.
-//! - [`SyncMachine::measures`] and [`SyncMachine::count_cancelled_after`] load a setting without the word, with `Relaxed`. An old
-//!   value is harmless, because the call then counts as if it had ended before the change.
+//! - [`SyncMachine::measures`] and [`SyncMachine::count_cancelled_after`] load a setting without the word, with
+//!   `Relaxed`. An old value is harmless, because the call then counts as if it had ended before the change.
 //!
 //! # What a change must preserve
 //!
-//! - The machine is mutated only through [`Locked`], whose drop publishes the summary. [`SyncMachine::idle_for`] locks the
-//!   mutex directly and only reads.
+//! - The machine is mutated only through [`Locked`], whose drop publishes the summary. [`SyncMachine::idle_for`] locks
+//!   the mutex directly and only reads.
 //! - An operation that a lock-free path skips must have no effect on the machine. A new rule or count that a success
 //!   changes must make the machine unclean.
 //! - No user code runs under the lock, except the closures of [`Trip::when`], whose panics are caught. Events and
