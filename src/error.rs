@@ -83,7 +83,7 @@ pub(crate) fn chain<'a>(
 pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
 
 impl Chain<'_> {
-    /// Returns at most `max` bytes of it.
+    /// Returns the line, at most `max` bytes of it.
     pub(crate) fn within(&self, max: usize) -> String {
         redact::display(self, max)
     }

@@ -83,8 +83,8 @@
 //!
 //! Only failures that the upstream caused count against it. A caller that hangs up, has a short deadline, sends slowly
 //! or reads slowly opens no circuit, lowers no adaptive limit and holds no half-open probe slot. The same holds for
-//! connections that servers close as a matter of routine. One [table](outcome#which-side-caused-it) states how every layer
-//! counts every cause.
+//! connections that servers close as a matter of routine. One [table](outcome#which-side-caused-it) states how every
+//! layer counts every cause.
 //!
 //! # Errors and responses
 //!
@@ -112,9 +112,9 @@
 //! `buttress::health`, `buttress::timeout`, `buttress::connect`, `buttress::listener` and `buttress::lifecycle`;
 //! invalid settings of every layer are reported under `buttress::config`.
 //!
-//! The enums with a closed set of values, such as [`RejectedKind`](outcome::RejectedKind), [`Reason`](outcome::Reason) and
-//! [`GiveUpReason`](retry::GiveUpReason), have an `as_str()` for the label of a metric. The name of a layer is set by
-//! `.name("search")`.
+//! The enums with a closed set of values, such as [`RejectedKind`](outcome::RejectedKind), [`Reason`](outcome::Reason)
+//! and [`GiveUpReason`](retry::GiveUpReason), have an `as_str()` for the label of a metric. The name of a layer is set
+//! by `.name("search")`.
 //!
 //! ```
 //! use buttress::{Attempts, BoxError, Rejected};
@@ -158,7 +158,7 @@
 //! | `Infallible: From<Box<dyn Error…>>`, under axum | `.respond()`, on each layer of this crate |
 //! | `Channel: Service<Request<ReplayBody<_>>>` is not satisfied; the same of a client with one body type, or with `SendingBody` | retry, hedge and timeout send body types of their own: let the compiler infer the body type of the client, as in `build_http()`; for tonic use `buttress::grpc`; or put `MapRequestBodyLayer` of tower-http (feature `map-request-body`) directly around the client, with `tonic::body::Body::new` or with `UnsyncBoxBody::new` of http-body-util |
 //! | expected closure `fn(Result<&Row, &Box<dyn Error…>>)` | an inner layer rejects with errors, so the errors are boxed: see below |
-//! | `Http` cannot classify or replay … | `.classify(…)`, for what is not HTTP |
+//! | `Http` cannot classify or replay … | `.classify(…)`, for types other than those of HTTP |
 //! | … cannot be cloned | `derive(Clone)`, or a `tower::buffer` around the service |
 //!
 //! # Naming the type of a client
@@ -238,7 +238,7 @@
 //! | `tower` | | [`ServiceBuilderExt`]: `.retries(…)`, `.circuit_breaker(…)` and the other layers as methods of tower's `ServiceBuilder` |
 //! | `tower-http` | | classification by a classifier of `tower_http::classify` |
 //! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; a rejection has a `tonic::Status` as its source; `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |
-//! | `full` | | all of them |
+//! | `full` | | all features |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
 #![warn(missing_docs, missing_debug_implementations, unreachable_pub, rust_2018_idioms)]

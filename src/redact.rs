@@ -1,9 +1,9 @@
 //! Removes secrets from text before it is shown, and shortens it. No other module decides which text is a secret.
 //!
 //! Every text of this crate that contains input passes through this module: values in a
-//! [`ConfigError`](crate::error::ConfigError), the output of `explain()`, `Debug` output, fields of events, reasons of health
-//! checks and the texts of other crates' errors. Scheme, host, port and path of a URI are shown; userinfo, query and
-//! fragment become [`MARKER`].
+//! [`ConfigError`](crate::error::ConfigError), the output of `explain()`, `Debug` output, fields of events, reasons of
+//! health checks and the texts of other crates' errors. Scheme, host, port and path of a URI are shown; userinfo, query
+//! and fragment become [`MARKER`].
 //!
 //! # What is redacted
 //!

@@ -59,9 +59,10 @@
 //! # Retries of reqwest
 //!
 //! By default, a `reqwest::Client` retries up to twice if an HTTP/2 server refused the stream or sent a GOAWAY,
-//! provided that the request has no body or a body in memory. Inside of a [`RetryLayer`](crate::retry::RetryLayer) these
-//! retries multiply with its attempts, and no breaker, limit or budget observes them. [`HttpClient::from_builder`]
-//! switches them off. For a client that you build yourself, call `ClientBuilder::retry(reqwest::retry::never())`.
+//! provided that the request has no body or a body in memory. Inside of a [`RetryLayer`](crate::retry::RetryLayer)
+//! these retries multiply with its attempts, and no breaker, limit or budget observes them.
+//! [`HttpClient::from_builder`] switches them off. For a client that you build yourself, call
+//! `ClientBuilder::retry(reqwest::retry::never())`.
 
 use std::{
     fmt,

@@ -1,8 +1,8 @@
 //! A request body that a layer lends to the services below it, and drains if one of them rejects the request.
 //!
-//! A [`RespondLayer`](crate::respond::RespondLayer) converts the error of an inner layer into a response. At that time the inner
-//! layer has dropped the request. The lent body therefore moves the original into a [`Loan`] when it is dropped before
-//! its end. The layer drains the original if the call was rejected, and drops it otherwise.
+//! A [`RespondLayer`](crate::respond::RespondLayer) converts the error of an inner layer into a response. At that time
+//! the inner layer has dropped the request. The lent body therefore moves the original into a [`Loan`] when it is
+//! dropped before its end. The layer drains the original if the call was rejected, and drops it otherwise.
 //!
 //! # States
 //!

@@ -329,8 +329,8 @@ mod tests {
         assert_eq!(polls.load(SeqCst), 16);
     }
 
-    /// The timeout ends a body of empty frames, each of which counts as one byte. The clock is real: a paused one stands
-    /// still while a task is ready.
+    /// The timeout ends a body of empty frames, each of which counts as one byte. The clock is real: a paused one
+    /// stands still while a task is ready.
     #[tokio::test]
     async fn body_of_empty_frames_does_not_occupy_its_thread() {
         let (body, polls) = endless(Some(0));

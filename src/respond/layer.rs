@@ -23,9 +23,10 @@ use crate::{
 
 /// Converts rejections that the wrapped service returns as errors into responses: the `.respond()` of a whole stack.
 ///
-/// Put it outermost around the layers of a client. It converts the rejections of a [`RetryLayer`](crate::retry::RetryLayer),
-/// which has no `.respond()`, of a client with a [bounded number of connections](crate::connect), and of a service of
-/// your own that fails with [`Rejected::new`]. A gateway returns such a response to its own caller.
+/// Put it outermost around the layers of a client. It converts the rejections of a
+/// [`RetryLayer`](crate::retry::RetryLayer), which has no `.respond()`, of a client with a [bounded number of
+/// connections](crate::connect), and of a service of your own that fails with [`Rejected::new`]. A gateway returns such
+/// a response to its own caller.
 ///
 /// A tonic client receives `UNAVAILABLE`, `RESOURCE_EXHAUSTED` or `DEADLINE_EXCEEDED` with the pushback. Without this
 /// layer it receives the code without the pushback if the feature `tonic` is on, and otherwise `UNKNOWN`. With the
@@ -84,9 +85,9 @@ use crate::{
 ///
 /// The response is that of [`Respond`](super::reject::Respond). Its extensions contain the [`Rejected`] and, if a retry
 /// gave up, the [`Attempts`](crate::attempt::Attempts). The layer finds a rejection if the error is a [`Rejected`], a
-/// [`BoxError`](crate::error::BoxError), a [`ClientError`](crate::client_error::ClientError) or the error of a known client. All other
-/// errors and the error type are unchanged. Response bodies are unchanged, too: a timeout after the head is an error of
-/// the body.
+/// [`BoxError`](crate::error::BoxError), a [`ClientError`](crate::client_error::ClientError) or the error of a known
+/// client. All other errors and the error type are unchanged. Response bodies are unchanged, too: a timeout after the
+/// head is an error of the body.
 ///
 /// # Uploads
 ///

@@ -1,7 +1,7 @@
 //! The conversion of a rejection into an error or a response.
 //!
-//! A layer that rejects calls has a strategy: [`AsError`] (the default), [`Respond`] or [`RespondWith`]. [`RespondLayer`]
-//! converts the rejections that a whole stack returns as errors.
+//! A layer that rejects calls has a strategy: [`AsError`] (the default), [`Respond`] or [`RespondWith`].
+//! [`RespondLayer`] converts the rejections that a whole stack returns as errors.
 
 mod layer;
 mod reject;

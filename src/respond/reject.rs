@@ -220,8 +220,8 @@ impl<Req, Res, E: Into<BoxError>> Reject<Req, Res, E> for AsError {
 /// tonic's (feature `tonic`). Layers that time out drain axum's and tonic's only. Bodies of other
 /// types are dropped. After `Expect: 100-continue` a body is drained only if it has been polled, because the first poll
 /// would invite the client to send it (RFC 9110 §10.1.1). [`RespondWith`] and
-/// [`RespondLayer`](super::layer::RespondLayer) drain in the same way. Around a client, a rejected request with a body of
-/// axum's type is drained too; the stream of a tonic client is not, as long as its URI has no authority.
+/// [`RespondLayer`](super::layer::RespondLayer) drain in the same way. Around a client, a rejected request with a body
+/// of axum's type is drained too; the stream of a tonic client is not, as long as its URI has no authority.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Respond;
 
