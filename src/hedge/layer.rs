@@ -18,8 +18,9 @@ use crate::{
 /// Sends hedge attempts of a slow call, and returns the first good response.
 ///
 /// The layer and its clones share the settings, the counts and the budget, also if the layer is applied several times.
-/// A setter after the layer has built a service returns a layer with state of its own: the services that are built keep
-/// their settings. Use the [handle](Self::handle) to change a running layer. See the [module](super).
+/// A setter after the layer has built a service returns a layer with settings and counts of its own, and the same
+/// budget: the services that are built keep their settings. Use the [handle](Self::handle) to change a running layer.
+/// See the [module](super).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct HedgeLayer<M = Http> {
