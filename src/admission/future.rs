@@ -267,7 +267,7 @@ fn queued<G: StateRef>(mut permit: Permit<G>) -> Permit<G> {
 }
 
 pin_project! {
-    /// A call that waits. It polls its own clone of the service. Boxed, because only calls that wait pay for it.
+    /// A call that waits. It polls its own clone of the service. Boxed, so that only calls that wait have its cost.
     ///
     /// It first waits for its permit, then for the inner service. If the policy starts to reject calls during the
     /// second wait, the permit is released and the policy decides again.

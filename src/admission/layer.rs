@@ -202,7 +202,7 @@ macro_rules! admission_service {
                 self.admission.inner()
             }
 
-            /// Returns the wrapped service. A call that is made on it directly passes this layer by.
+            /// Returns the wrapped service. A call that is made on it directly bypasses this layer.
             pub fn get_mut(&mut self) -> &mut S {
                 self.admission.inner_mut()
             }

@@ -41,8 +41,8 @@ use crate::{
 pub(crate) enum Admit<T, W> {
     /// The call is made now.
     Pass(T),
-    /// The call waits for a permit. Dropping the future leaves the queue. Boxed, because only calls that wait pay for
-    /// it.
+    /// The call waits for a permit. Dropping the future leaves the queue. Boxed, so that only calls that wait have its
+    /// cost.
     Queue(Pin<Box<W>>),
     /// The call is rejected.
     Reject(Rejected),

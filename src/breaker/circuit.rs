@@ -264,8 +264,8 @@ impl Circuit {
     /// Returns whether a call would be admitted now. In shadow mode, this is always the case.
     ///
     /// Without backpressure, an open circuit returns `false` and reads no clock, even if its open time has passed. The
-    /// call reads the clock anyway. If it becomes a probe, it polls the inner service ready itself. A balancer must
-    /// know the exact result before the call.
+    /// call reads the clock anyway. If it becomes a probe, it polls the inner service ready itself. A balancer needs
+    /// the exact result before the call.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
         if self.machine.is_open() && !self.has_backpressure() {

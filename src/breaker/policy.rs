@@ -192,7 +192,7 @@ pin_project! {
     /// A caller's wait for the verdict of the half-open probes. Dropping it at any point frees its position.
     pub(crate) struct VerdictWait {
         entry: VerdictQueueEntry,
-        // Boxed, because only calls that wait pay for it.
+        // Boxed: only calls that wait make this allocation.
         changed: Pin<Box<OwnedNotified>>,
         // The end of the wait, by its maximum or by the deadline.
         end: Instant,

@@ -18,7 +18,7 @@ pub enum OutcomeKind {
     Success,
     /// The call failed because of the upstream or of the network.
     Failure,
-    /// The upstream is alive but asks for fewer calls: HTTP 429 and 529, gRPC `RESOURCE_EXHAUSTED`.
+    /// The upstream is alive but requests fewer calls: HTTP 429 and 529, gRPC `RESOURCE_EXHAUSTED`.
     Throttled,
     /// The call carries no information about the upstream: the caller ended it, a layer rejected it, or the connection
     /// ended by [housekeeping](Outcome::is_housekeeping).
@@ -163,7 +163,7 @@ impl Outcome {
         Self::new(OutcomeKind::Failure, Reason::Reported)
     }
 
-    /// Returns the outcome of a call by which the upstream asks for fewer calls.
+    /// Returns the outcome of a call whose response requests fewer calls.
     #[must_use]
     pub const fn throttled() -> Self {
         Self::new(OutcomeKind::Throttled, Reason::Reported)

@@ -95,7 +95,7 @@ where
         if let Some(budget) = &self.core.budget {
             budget.deposit_for_call();
         }
-        // Lease before the call, so that the future of the call is built in its final place and not moved.
+        // Take the reference before the call, so that the future of the call is built in its final place and not moved.
         let core = self.core.lease();
         let span = AttemptSpan::first();
         let entered = span.enter();

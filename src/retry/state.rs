@@ -1,6 +1,6 @@
 //! The state of a call after its first attempt has failed.
 //!
-//! It is allocated only then, so that a call whose first attempt succeeds does not pay for it.
+//! It is allocated only then, so that a call whose first attempt succeeds does not allocate.
 
 use std::time::Duration;
 

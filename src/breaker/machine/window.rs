@@ -19,8 +19,8 @@
 //! ## Orderings
 //!
 //! - `advance` stores zeros in the buckets that it reuses, and then `newest` with `Release`. `record_good` loads
-//!   `newest` with `Acquire`. Therefore a call that sees the new stretch sees an empty bucket, and this `advance`
-//!   cannot erase the addition of that call.
+//!   `newest` with `Acquire`. Therefore a call that loads the new stretch adds to its bucket after the zero, and this
+//!   `advance` cannot erase the addition of that call.
 //! - The additions are `Relaxed` read-modify-write operations. None is lost, because each of them applies to the latest
 //!   value of the bucket. The count of calls and the count of bad calls share one word, so a reader never sees one
 //!   without the other.
