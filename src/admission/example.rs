@@ -1,4 +1,4 @@
-//! How to add an admission layer: a complete one, which only the tests compile.
+//! How to add an admission layer: a small one, which only the tests compile.
 //!
 //! The layer rejects calls while an operator has closed it for maintenance, and counts the failures of the calls that
 //! it admits. A new layer consists of the same parts, in a module of its own: the state with its [`Release`], the
@@ -28,7 +28,7 @@ use crate::{
 // ===== 1. The state: what the layer, its services and its handle share. It receives the outcome of each call. =====
 
 #[derive(Debug, Default)]
-pub struct Maintenance {
+struct Maintenance {
     is_closed: AtomicBool,
     /// Wakes callers that wait for the inner service when the layer is closed.
     changed: Arc<Notify>,
@@ -53,7 +53,7 @@ impl Release for Maintenance {
 
 impl<Req> Policy<Req> for Arc<Maintenance> {
     type StateRef = Self;
-    /// A real layer records the generation of its state here.
+    /// What the permit is made of: nothing here, the token of a circuit in the breaker.
     type Pass = ();
     /// No queue.
     type Wait = Ready<Result<Permit<Self>, Rejected>>;
@@ -129,7 +129,7 @@ impl MaintenanceHandle {
     }
 }
 
-// ===== 5. A test of the behaviour. `tests/layers` has the contract test, which every layer passes. =====
+// ===== 5. A test of the behaviour. `tests/support/contract.rs` has the rules that every admission layer keeps. =====
 
 #[tokio::test]
 async fn maintenance_rejects_calls_and_failures_are_counted() {

@@ -42,6 +42,14 @@ impl<P, M, R> Plan<P, M, R> {
 
 /// Defines the public types of an admission layer: the layer, with the setters that all of them share, and those of
 /// [`admission_service`].
+///
+/// | argument | meaning |
+/// |---|---|
+/// | `layer Name { field: G }` | the layer, with further fields. The type of each field is a type parameter of the layer |
+/// | `service Name [K]` | the service. `K` are type parameters of the layer and the service, which `policy` may use |
+/// | `future Name` | the future of a call |
+/// | `policy Type` | the type that implements `Policy` |
+/// | `where …` | the bounds under which it does so for the request type `Req`, one bound for each item |
 macro_rules! admission_layer {
     (
         $(#[$layer_doc:meta])* layer $Layer:ident { $($field:ident: $G:ident),* }
@@ -183,7 +191,8 @@ macro_rules! admission_layer {
 }
 pub(crate) use admission_layer;
 
-/// Defines the service of an admission layer, and the future of a call.
+/// Defines the service of an admission layer, and the future of a call. [`admission_layer`] describes the arguments. A
+/// layer without public setters uses this macro alone.
 macro_rules! admission_service {
     (
         $(#[$service_doc:meta])* service $Service:ident [$($K:ident),*]

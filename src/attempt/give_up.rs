@@ -7,7 +7,7 @@ use std::fmt;
 #[non_exhaustive]
 pub enum GiveUpReason {
     /// The response is not retryable.
-    Answered,
+    Responded,
     /// The error is not retryable.
     NotRetryable,
     /// The server forbids a retry: `grpc-retry-pushback-ms` is negative, unparsable or repeated.
@@ -27,7 +27,7 @@ pub enum GiveUpReason {
     /// All retries for this kind of failure are used up.
     KindUsedUp,
     /// The server's hint is longer than the maximum delay.
-    WaitTooLong,
+    DelayTooLong,
     /// The delay and the minimum time of an attempt do not fit before the deadline.
     DeadlineTooNear,
     /// The deadline passed: during an attempt, while the wrapped service was not ready, or before the first attempt.
@@ -45,7 +45,7 @@ impl GiveUpReason {
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
-            Self::Answered => "answered",
+            Self::Responded => "responded",
             Self::NotRetryable => "not_retryable",
             Self::Pushback => "pushback",
             Self::RateLimited => "rate_limited",
@@ -57,7 +57,7 @@ impl GiveUpReason {
             Self::KindUsedUp => "kind_used_up",
             Self::DeadlinePassed => "deadline_passed",
             Self::DeadlineTooNear => "deadline_too_near",
-            Self::WaitTooLong => "wait_too_long",
+            Self::DelayTooLong => "delay_too_long",
             Self::BudgetUsedUp => "budget_used_up",
             Self::NotReady => "not_ready",
             Self::Misconfigured => "misconfigured",

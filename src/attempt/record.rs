@@ -39,13 +39,13 @@ pub struct AttemptRecord {
 const MAX_RECORDS: usize = 32;
 
 impl Attempts {
-    pub(crate) const FIRST: Self = Self::after(1, GiveUpReason::Answered);
+    pub(crate) const FIRST: Self = Self::after(1, GiveUpReason::Responded);
     /// The first attempt is in flight and has not been sent.
     pub(crate) const UNSENT: Self = Self {
         made: 1,
         sent: 0,
         waited: Duration::ZERO,
-        stop: GiveUpReason::Answered,
+        stop: GiveUpReason::Responded,
         records: Vec::new(),
     };
     /// The first attempt ended with an error that is not retryable.
@@ -72,7 +72,7 @@ impl Attempts {
     }
 
     /// Returns the record of a response. A response without a record is that of a first attempt and was not retryable:
-    /// the result is then one attempt with [`GiveUpReason::Answered`].
+    /// the result is then one attempt with [`GiveUpReason::Responded`].
     #[must_use]
     pub fn of<B>(response: &Response<B>) -> Self {
         response.extensions().get().cloned().unwrap_or(Self::FIRST)
@@ -145,7 +145,8 @@ impl fmt::Display for RetryError {
         write!(f, "gave up after {made} attempt{s}{unsent} ({stop})")?;
         // A short reason for readers of this error alone. The source has the details.
         let reason = || {
-            Some(self.attempts.records.last()?.outcome.reason()).filter(|reason| reason.is_told())
+            Some(self.attempts.records.last()?.outcome.reason())
+                .filter(|reason| reason.is_specific())
         };
         match Rejected::find(&*self.source) {
             Some(rejected) => write!(f, ": {}", rejected.kind().phrase()),

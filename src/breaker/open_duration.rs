@@ -53,11 +53,11 @@ impl OpenDuration {
     }
 
     /// Follows the hint of the upstream (`Retry-After` or gRPC pushback) on the failure that trips the circuit: the
-    /// open time is at least the hint. A hint counts as `up_to` if it is longer. It may exceed the maximum of the open
+    /// open time is at least the hint. A hint counts as `max` if it is longer. It may exceed the maximum of the open
     /// time.
     #[must_use]
-    pub const fn follow_retry_after(mut self, up_to: Duration) -> Self {
-        self.max_hint = up_to;
+    pub const fn follow_retry_after(mut self, max: Duration) -> Self {
+        self.max_hint = max;
         self
     }
 

@@ -14,7 +14,7 @@ type ClassifyTrailers = dyn FnOnce(Option<&HeaderMap>) -> Outcome + Send + Sync;
 /// The rule that classifies a response at the end of its body.
 pub(crate) enum Eos {
     /// The permit has been released, or the body is not tracked.
-    Told,
+    Recorded,
     /// The response was not read for too long. Its permit has been released, and the body of an inner timeout layer
     /// ends the response.
     Unread,
@@ -30,18 +30,18 @@ pub(crate) enum Eos {
 impl Eos {
     /// Returns the outcome of a body that has ended, with these trailers.
     pub(crate) fn end(&mut self, trailers: Option<&HeaderMap>) -> Outcome {
-        match std::mem::replace(self, Self::Told) {
-            Self::Told | Self::Unread => Outcome::success(),
+        match std::mem::replace(self, Self::Recorded) {
+            Self::Recorded | Self::Unread => Outcome::success(),
             Self::Plain(outcome) => outcome,
             Self::Grpc(missing) => trailers.and_then(grpc::status).unwrap_or(missing),
             #[cfg(feature = "tower-http")]
-            Self::Custom(judge) => judge(trailers),
+            Self::Custom(classify) => classify(trailers),
         }
     }
 
     /// Returns the outcome of a body that fails.
     pub(crate) fn error(&mut self) -> Outcome {
-        match std::mem::replace(self, Self::Told) {
+        match std::mem::replace(self, Self::Recorded) {
             Self::Plain(outcome) if !outcome.is_success() => outcome,
             // The HTTP status in the head is already an error.
             Self::Grpc(mapped) if !mapped.is_success() && !is_missing(mapped) => mapped,

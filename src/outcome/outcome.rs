@@ -132,7 +132,7 @@ impl Reason {
     }
 
     /// Returns whether the reason states more than that the call failed.
-    pub(crate) const fn is_told(self) -> bool {
+    pub(crate) const fn is_specific(self) -> bool {
         !matches!(self, Self::Error | Self::Reported)
     }
 }

@@ -86,7 +86,7 @@ fn parse(value: &HeaderValue, headers: &HeaderMap) -> Option<Duration> {
 // ===== Quotas =====
 
 /// The maximum number of quotas that are read of a list, and of parameters that are read of a quota.
-const MOST_QUOTAS: usize = 16;
+const MAX_QUOTAS: usize = 16;
 
 /// Pairs of headers: the remaining calls of a quota, and the seconds until its reset.
 const RESETS: [(&str, &str); 3] = [
@@ -119,8 +119,8 @@ fn quota(headers: &HeaderMap) -> Option<Duration> {
 fn rate_limit(text: &str) -> Option<Duration> {
     let mut max_reset = None;
     let (mut left, mut reset) = (None, None);
-    for quota in text.split(',').take(MOST_QUOTAS) {
-        for part in quota.split(';').take(MOST_QUOTAS) {
+    for quota in text.split(',').take(MAX_QUOTAS) {
+        for part in quota.split(';').take(MAX_QUOTAS) {
             let Some((name, value)) = part.split_once('=') else { continue };
             match name.trim() {
                 "r" | "remaining" => left = decimal(value, 1),
@@ -300,7 +300,7 @@ mod tests {
     proptest! {
         #[test]
         fn fuzz_hint_neither_panics_nor_exceeds_the_maximum(
-            headers_said in prop::collection::vec((
+            hint_headers in prop::collection::vec((
                 prop::sample::select(vec![
                     PUSHBACK, MILLIS, AZURE_MILLIS, AMAZON_MILLIS, "retry-after", "x-ratelimit-reset-after", "date", "ratelimit", "ratelimit-remaining",
                     "ratelimit-reset", "x-ratelimit-remaining", "x-ratelimit-reset",
@@ -314,7 +314,7 @@ mod tests {
             ), 0..6),
         ) {
             let mut headers = HeaderMap::new();
-            for (name, text) in headers_said {
+            for (name, text) in hint_headers {
                 if let Ok(value) = HeaderValue::from_bytes(text.as_bytes()) {
                     headers.append(name, value);
                 }

@@ -129,7 +129,7 @@ impl<B: Body> TrackedBody<B> {
 
     #[inline]
     fn released(inner: EitherBody<B>) -> Self {
-        Self { inner, permit: Permit::spent(), eos: Eos::Told }
+        Self { inner, permit: Permit::spent(), eos: Eos::Recorded }
     }
 }
 
@@ -157,7 +157,7 @@ impl<B: Body> Body for TrackedBody<B> {
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut this = self.project();
         match this.eos {
-            Eos::Told => return this.inner.poll_frame(cx),
+            Eos::Recorded => return this.inner.poll_frame(cx),
             Eos::Unread => return unread::during(|| this.inner.poll_frame(cx)),
             _ => {}
         }

@@ -27,7 +27,7 @@ pub trait Reject<Req, Res, E>: Sealed + Clone + Send + Sync + 'static {
     type Error;
 
     /// Whether a rejection becomes a response. `false`: it becomes an error.
-    const ANSWERS: bool = true;
+    const RESPONDS: bool = true;
 
     /// Returns the form that a rejection of this request has.
     fn form(&self, request: &Req) -> ResponseFormat;
@@ -123,7 +123,7 @@ impl Sealed for AsError {}
 impl<Req, Res, E: Into<BoxError>> Reject<Req, Res, E> for AsError {
     type Error = BoxError;
 
-    const ANSWERS: bool = false;
+    const RESPONDS: bool = false;
 
     #[inline]
     fn form(&self, _: &Req) -> ResponseFormat {

@@ -33,11 +33,11 @@
 //! | check | if it fails |
 //! |---|---|
 //! | Neither the server nor an inner layer forbids a retry: no negative, unparsable or repeated `grpc-retry-pushback-ms`, no rejection by an inner layer, no `x-envoy-ratelimited`. | [`Pushback`](GiveUpReason::Pushback), [`Rejected`](GiveUpReason::Rejected), [`RateLimited`](GiveUpReason::RateLimited) |
-//! | The status or the error is retryable: 408, 421, 425, 429, 502, 503, 504, 520 to 524, 529; 409 for a retry with an `Idempotency-Key`; for a gRPC call `UNAVAILABLE` in head or trailers or mapped from the HTTP status (`RESOURCE_EXHAUSTED` with pushback); a connection that failed. | [`Answered`](GiveUpReason::Answered), [`NotRetryable`](GiveUpReason::NotRetryable) for an error |
+//! | The status or the error is retryable: 408, 421, 425, 429, 502, 503, 504, 520 to 524, 529; 409 for a retry with an `Idempotency-Key`; for a gRPC call `UNAVAILABLE` in head or trailers or mapped from the HTTP status (`RESOURCE_EXHAUSTED` with pushback); a connection that failed. | [`Answered`](GiveUpReason::Responded), [`NotRetryable`](GiveUpReason::NotRetryable) for an error |
 //! | It is safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, proof that nothing was sent, or a status that declares it: 425, an [`unprocessed`](RetryLayer::unprocessed) one, with [`grpc`](RetryLayer::grpc) that of a gRPC call. | [`Unsafe`](GiveUpReason::Unsafe) |
 //! | The body can be replayed. | [`StillSending`](GiveUpReason::StillSending), [`BodyGone`](GiveUpReason::BodyGone) |
 //! | An attempt is left in total and [for this kind of failure](RetryLayer::max_retries_for). | [`AttemptsUsedUp`](GiveUpReason::AttemptsUsedUp), [`KindUsedUp`](GiveUpReason::KindUsedUp) |
-//! | The delay that the server requests is within the maximum. | [`WaitTooLong`](GiveUpReason::WaitTooLong) |
+//! | The delay that the server requests is within the maximum. | [`WaitTooLong`](GiveUpReason::DelayTooLong) |
 //! | The delay and [10 ms](RetryLayer::min_attempt_time) for an attempt fit before the [`Deadline`](crate::time::Deadline). | [`DeadlineTooNear`](GiveUpReason::DeadlineTooNear) |
 //! | The budget permits a retry. | [`BudgetUsedUp`](GiveUpReason::BudgetUsedUp) |
 //!

@@ -144,7 +144,7 @@ impl RetryPolicy {
                 let delay = delay.clamp(backoff, backoff.saturating_add(reach));
                 Ok(max_wait.map_or(delay, |max| delay.min(max)))
             }
-            _ if is_too_long => Err(GiveUpReason::WaitTooLong),
+            _ if is_too_long => Err(GiveUpReason::DelayTooLong),
             HintMode::Exact => Ok(hint),
             HintMode::Above { jitter } => {
                 // A deadline cuts the addition to the hint, and not the time of the attempt. The attempt keeps at least
@@ -228,7 +228,7 @@ pub(crate) fn decide(
     match input.class {
         RetryAction::Forbidden(stop) => return Err(stop),
         RetryAction::Done if input.is_error => return Err(GiveUpReason::NotRetryable),
-        RetryAction::Done => return Err(GiveUpReason::Answered),
+        RetryAction::Done => return Err(GiveUpReason::Responded),
         RetryAction::Retry => {}
     }
     let kind = FailureKind::of(input.outcome);
@@ -318,7 +318,7 @@ mod tests {
         input.is_safe = false;
         assert_eq!(give_up_reason(input), Some(GiveUpReason::Unsafe));
         input.class = RetryAction::Done;
-        assert_eq!(give_up_reason(input), Some(GiveUpReason::Answered));
+        assert_eq!(give_up_reason(input), Some(GiveUpReason::Responded));
         assert_eq!(
             give_up_reason(DecisionInput { is_error: true, ..input }),
             Some(GiveUpReason::NotRetryable)
@@ -453,15 +453,15 @@ mod tests {
 
     #[test]
     fn hint_above_the_maximum_wait_ends_the_call() {
-        assert_eq!(give_up_reason(hinted(31)), Some(GiveUpReason::WaitTooLong));
+        assert_eq!(give_up_reason(hinted(31)), Some(GiveUpReason::DelayTooLong));
         let policy = RetryPolicy { max_wait: Some(Duration::from_secs(5)), ..RetryPolicy::new() };
         let left = Some(Duration::from_secs(1000));
         for (policy, secs, expected) in [
-            (&policy, 6, Some(GiveUpReason::WaitTooLong)),
+            (&policy, 6, Some(GiveUpReason::DelayTooLong)),
             (&policy, 5, None),
             // With a deadline, the deadline is the maximum.
             (&RetryPolicy::new(), 299, None),
-            (&RetryPolicy::new(), 300, Some(GiveUpReason::WaitTooLong)),
+            (&RetryPolicy::new(), 300, Some(GiveUpReason::DelayTooLong)),
         ] {
             let stop = decide(&DecisionInput { left, ..hinted(secs) }, policy, &mut None).err();
             assert_eq!(stop, expected, "{secs}");

@@ -169,7 +169,7 @@ impl RetrySettings {
     }
 
     pub(crate) fn count_give_up(&self, reason: GiveUpReason) {
-        if !matches!(reason, GiveUpReason::Answered | GiveUpReason::NotRetryable) {
+        if !matches!(reason, GiveUpReason::Responded | GiveUpReason::NotRetryable) {
             self.gave_up.fetch_add(1, Ordering::Relaxed);
         }
         if reason == GiveUpReason::BudgetUsedUp {

@@ -122,7 +122,7 @@ impl<S> RetryState<S> {
         let decision = match ended {
             Some(ended) => self.decide(policy, (class, outcome), transparent, &ended, left),
             None if class == RetryAction::Done && is_error => Err(GiveUpReason::NotRetryable),
-            None if class == RetryAction::Done => Err(GiveUpReason::Answered),
+            None if class == RetryAction::Done => Err(GiveUpReason::Responded),
             None if core.misconfigured => Err(GiveUpReason::Misconfigured),
             // The request is not saved.
             None => match class {

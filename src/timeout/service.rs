@@ -135,7 +135,7 @@ impl<S, M, R> Timeout<S, M, R> {
             return self.rejected(timers, rejected);
         }
         let mut request = M::convert(request);
-        let upload = M::watch(&mut request, &mut timers, body_rate, R::ANSWERS);
+        let upload = M::watch(&mut request, &mut timers, body_rate, R::RESPONDS);
         // The inner future is constructed in place, because it is large and a variable would add a copy.
         TimeoutFuture {
             state: TimedCall::Called {

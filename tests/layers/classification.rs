@@ -352,7 +352,7 @@ fn retry_expects(row: &Row, expected: Expected) -> (u32, GiveUpReason) {
     // 425 states that the server has not processed the request.
     let is_trusted = is_trusted || (expected.reason == Reason::Completed && row.status == 425);
     match expected.retryable {
-        false => (1, GiveUpReason::Answered),
+        false => (1, GiveUpReason::Responded),
         true if is_safe || is_trusted => (2, GiveUpReason::AttemptsUsedUp),
         true => (1, GiveUpReason::Unsafe),
     }
@@ -678,7 +678,7 @@ mod reqwest_types {
         let service = ServiceBuilder::new().layer(layer.reqwest()).service(service);
         let response = service.oneshot(request).await.unwrap();
         let told = response.extensions().get::<Attempts>();
-        told.map_or((1, GiveUpReason::Answered), |told| (told.made, told.stop))
+        told.map_or((1, GiveUpReason::Responded), |told| (told.made, told.stop))
     }
 
     #[tokio::test(start_paused = true)]
@@ -689,13 +689,13 @@ mod reqwest_types {
             (row(Kind::Grpc, 503, Some(GRPC)), (2, GiveUpReason::AttemptsUsedUp)),
             (
                 row(Kind::Grpc, 503, Some(GRPC)).with_status(5, Place::Head),
-                (1, GiveUpReason::Answered),
+                (1, GiveUpReason::Responded),
             ),
             (
                 row(Kind::Grpc, 403, Some(GRPC)).with_status(14, Place::Head),
                 (2, GiveUpReason::AttemptsUsedUp),
             ),
-            (row(Kind::Grpc, 200, Some(HTML)), (1, GiveUpReason::Answered)),
+            (row(Kind::Grpc, 200, Some(HTML)), (1, GiveUpReason::Responded)),
             (row(Kind::Post, 503, Some(HTML)), (1, GiveUpReason::Unsafe)),
             (row(Kind::Get, 529, Some(HTML)), (2, GiveUpReason::AttemptsUsedUp)),
         ] {

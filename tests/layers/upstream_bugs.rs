@@ -68,7 +68,7 @@ async fn a_thousand_callers_in_half_open_are_no_more_than_its_probes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_probe_cancelled_by_its_caller_leaves_the_gate_ajar() {
+async fn probe_cancelled_by_its_caller_releases_its_slot() {
     let wait = Duration::from_secs(30);
     let layer = CircuitBreakerLayer::new(Trip::consecutive(1)).open_for(wait);
     let (inner, watch) = Strict::holding();
@@ -102,7 +102,7 @@ fn ask<S: Service<Answer, Error = BoxError>>(service: &mut S, answer: Answer) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn after_a_million_successes_it_opens_as_soon_as_on_the_first_day() {
+async fn circuit_opens_as_soon_after_a_million_successes_as_after_none() {
     let window = Duration::from_secs(10);
     let ratio = Trip::failure_ratio(0.5).within(window).min_calls(10);
     for (trip, failures) in [(Trip::consecutive(5), 5), (ratio, 10)] {
@@ -193,7 +193,7 @@ async fn a_window_of_a_million_is_as_cheap_as_one_of_a_hundred() {
 
 /// More worker threads than cores, and no caller hangs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 16)]
-async fn an_open_circuit_refuses_many_callers_on_few_cores_at_once() {
+async fn open_circuit_rejects_many_callers_on_few_cores_at_once() {
     let layer = CircuitBreakerLayer::http();
     let (inner, watch) = Strict::holding();
     let service = layer.layer(inner);
@@ -244,7 +244,7 @@ async fn a_circuit_that_opens_wakes_all_callers_that_wait_for_a_hung_service() {
 
 /// An idle clone that was polled ready holds no permit and no queue entry, and is granted none.
 #[tokio::test(start_paused = true)]
-async fn an_idle_clone_never_swallows_a_freed_place() {
+async fn idle_clone_never_keeps_a_released_permit() {
     for queue in [0, 8] {
         let layer = ConcurrencyLimitLayer::new(1).queue(queue, Duration::from_secs(5));
         let (inner, watch) = Strict::holding();

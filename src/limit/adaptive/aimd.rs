@@ -75,6 +75,6 @@ impl BoundedAlgorithm for Aimd {
         if sample.is_idle(self.limit.whole()) {
             return None;
         }
-        self.limit.change(limit + 1.0, ChangeReason::Room)
+        self.limit.change(limit + 1.0, ChangeReason::Headroom)
     }
 }

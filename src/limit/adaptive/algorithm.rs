@@ -83,7 +83,7 @@ pub enum ChangeReason {
     /// Calls take longer than without a queue in the upstream.
     Queued,
     /// Calls are as fast as without a queue, and the limit is in use.
-    Room,
+    Headroom,
     /// A lower limit has lowered the throughput, so there may have been no queue. The limit is lowered once more to
     /// find out.
     Slower,
@@ -104,7 +104,7 @@ impl ChangeReason {
         match self {
             Self::Dropped => "dropped",
             Self::Queued => "queued",
-            Self::Room => "room",
+            Self::Headroom => "headroom",
             Self::Slower => "slower",
             Self::Drain => "drain",
             Self::Drained => "drained",

@@ -100,7 +100,7 @@ impl BoundedAlgorithm for Gradient2 {
         }
         let gradient = (1.5 * self.long / short).clamp(0.5, 1.0);
         let next = limit * 0.8 + 0.2 * (limit * gradient + 4.0);
-        let reason = if next < limit { ChangeReason::Queued } else { ChangeReason::Room };
+        let reason = if next < limit { ChangeReason::Queued } else { ChangeReason::Headroom };
         self.limit.change(next, reason)
     }
 }

@@ -235,7 +235,7 @@ impl Knee {
         if ratio > 1.05 {
             let careful = now < self.careful_until;
             let next = if careful { limit + 1.0 } else { limit * ratio };
-            self.limit.change(next, ChangeReason::Room)
+            self.limit.change(next, ChangeReason::Headroom)
         } else if ratio < 0.95 {
             self.before = Some(LastStep { seen, step: KneeStep::Down });
             self.limit.change(limit * ratio, ChangeReason::Queued)

@@ -86,9 +86,9 @@ impl BoundedAlgorithm for Vegas {
         let queue = (limit * (1.0 - ratio)).ceil();
         let (alpha, beta) = (3.0 * step, 6.0 * step);
         if queue <= step {
-            self.limit.change(limit + beta, ChangeReason::Room)
+            self.limit.change(limit + beta, ChangeReason::Headroom)
         } else if queue < alpha {
-            self.limit.change(limit + step, ChangeReason::Room)
+            self.limit.change(limit + step, ChangeReason::Headroom)
         } else if queue > beta {
             self.limit.change(limit - step, ChangeReason::Queued)
         } else {

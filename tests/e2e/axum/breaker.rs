@@ -5,7 +5,7 @@ use super::*;
 // ===== Circuits =====
 
 #[tokio::test]
-async fn a_handler_that_always_answers_500_opens_the_breaker() {
+async fn handler_that_always_responds_500_opens_the_circuit() {
     for per_route in [false, true] {
         let hits = Arc::new(AtomicUsize::new(0));
         let seen = hits.clone();

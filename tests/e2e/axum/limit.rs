@@ -50,7 +50,7 @@ async fn one_layer_on_three_routes_is_one_limit() {
 }
 
 #[tokio::test]
-async fn streams_hold_their_place_to_the_end_not_to_the_head() {
+async fn stream_holds_its_permit_to_the_end_of_the_body() {
     let (stage, (limit, handle)) = (Stage::default(), two());
     let addr = serve(routes(&stage).layer(limit)).await;
     two_of_twenty(addr, stage, handle, &["/stream"]).await;

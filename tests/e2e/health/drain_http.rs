@@ -232,7 +232,7 @@ async fn drain_over_http2_loses_no_call_and_accepts_none_after_the_delay() {
 }
 
 #[tokio::test]
-async fn what_never_ends_is_cut_after_the_longest_time_and_counted() {
+async fn endless_call_is_ended_at_the_drain_timeout_and_counted() {
     for client in [http1, http2] {
         let longest = Duration::from_millis(300);
         let Server { addr, lifecycle, stage, task, .. } = server(Duration::ZERO, longest).await;

@@ -191,7 +191,7 @@ async fn a_dispatch_task_that_is_gone_is_a_reset_and_is_retried() {
             };
             let (_, response) = soon(join(second, third)).await;
             let attempts = Attempts::of(&response.unwrap());
-            assert_eq!((attempts.made, attempts.stop), (2, GiveUpReason::Answered));
+            assert_eq!((attempts.made, attempts.stop), (2, GiveUpReason::Responded));
             assert!(attempts.records()[0].outcome.is_housekeeping(), "{attempts:?}");
             assert_eq!(circuit.state(), CircuitState::Closed);
         } else {

@@ -22,7 +22,7 @@ async fn three_attempts_over_one_connection_return_the_last_response() {
 }
 
 #[tokio::test]
-async fn retry_after_is_honoured_and_the_place_is_free_meanwhile() {
+async fn retry_after_is_followed_and_the_permit_is_released_meanwhile() {
     let (addr, heard, _) = upstream().await;
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
@@ -43,7 +43,7 @@ async fn retry_after_is_honoured_and_the_place_is_free_meanwhile() {
 }
 
 #[tokio::test]
-async fn put_is_sent_again_with_its_body_and_post_is_not() {
+async fn put_is_replayed_with_its_body_and_post_is_not() {
     for (method, key, made) in [
         (Method::PUT, false, 3),
         (Method::DELETE, false, 3),
@@ -61,7 +61,7 @@ async fn put_is_sent_again_with_its_body_and_post_is_not() {
         assert_eq!(heard.bodies(), vec![Bytes::from_static(b"hello"); made], "{method}");
         let expected = match made {
             1 => (StatusCode::SERVICE_UNAVAILABLE, GiveUpReason::Unsafe, 1),
-            _ => (StatusCode::OK, GiveUpReason::Answered, 3),
+            _ => (StatusCode::OK, GiveUpReason::Responded, 3),
         };
         let attempts = Attempts::of(&response);
         assert_eq!((response.status(), attempts.stop, attempts.made), expected, "{method}");
@@ -70,7 +70,8 @@ async fn put_is_sent_again_with_its_body_and_post_is_not() {
 
 #[tokio::test]
 async fn a_streamed_body_is_replayed_under_the_cap_and_passes_whole_above_it() {
-    for (chunks, made, stop) in [(8, 2, GiveUpReason::Answered), (100, 1, GiveUpReason::BodyGone)] {
+    for (chunks, made, stop) in [(8, 2, GiveUpReason::Responded), (100, 1, GiveUpReason::BodyGone)]
+    {
         let (addr, heard, _) = upstream().await;
         let client = ServiceBuilder::new().layer(retry()).service(client());
         let chunk = Bytes::from(vec![b'x'; KIB]);
@@ -88,7 +89,7 @@ async fn a_streamed_body_is_replayed_under_the_cap_and_passes_whole_above_it() {
 // ===== Discarded responses =====
 
 #[tokio::test]
-async fn a_discarded_503_of_256_kib_does_not_cost_a_connection_each_when_drained() {
+async fn discarded_503_of_256_kib_keeps_its_connection_when_drained() {
     for (size, layer, expected) in [
         (60 * KIB, retry(), 1..=1),
         (256 * KIB, retry().max_drain_bytes(256 * KIB as u64), 1..=1),

@@ -147,7 +147,7 @@ fn paused<T>(future: impl Future<Output = T>) -> T {
 }
 
 /// Checks that each error names a setting, its value and a remedy.
-fn is_told(errors: &ConfigErrors, keys: &[String]) -> Result<(), TestCaseError> {
+fn is_specific(errors: &ConfigErrors, keys: &[String]) -> Result<(), TestCaseError> {
     prop_assert!(errors.iter().count() > 0);
     for error in errors.iter() {
         let of = error.field;
@@ -173,7 +173,7 @@ fn fuzz_random_client_works_or_is_an_error() {
         for config in [of_json, of_env] {
             let built_one = match config {
                 Ok(config) => client_works(&config, &keys)?,
-                Err(errors) => is_told(&errors, &keys).map(|()| false)?,
+                Err(errors) => is_specific(&errors, &keys).map(|()| false)?,
             };
             if built_one {
                 built.borrow_mut().extend(said.keys().cloned());
@@ -192,7 +192,7 @@ fn client_works(config: &ClientConfig, keys: &[String]) -> Result<bool, TestCase
     prop_assert!(keys.iter().filter(|key| *key != "preset").all(|key| explained.contains(key)));
     if let Err(errors) = config.check() {
         prop_assert!(ClientStack::new(config).is_err());
-        return is_told(&errors, keys).map(|()| false);
+        return is_specific(&errors, keys).map(|()| false);
     }
     let written = serde_json::to_string(config).unwrap();
     let read = ClientConfig::from_json(&written).unwrap();
@@ -254,14 +254,14 @@ fn fuzz_random_server_works_or_is_an_error() {
             let config = match config {
                 Ok(config) => config,
                 Err(errors) => {
-                    is_told(&errors, &keys)?;
+                    is_specific(&errors, &keys)?;
                     continue;
                 }
             };
             prop_assert!(config.explain().lines().count() > 10);
             if let Err(errors) = config.check() {
                 prop_assert!(buttress::server(&config).is_err());
-                is_told(&errors, &keys)?;
+                is_specific(&errors, &keys)?;
                 continue;
             }
             let stack = buttress::server(&config).expect("a checked configuration can be built");

@@ -236,7 +236,7 @@ async fn run(first: (u64, Answer), second: (u64, Answer)) -> (String, u64, Optio
 
 /// In contrast, `hedge` of tower returns the first result, even an error.
 #[tokio::test(start_paused = true)]
-async fn the_first_good_answer_wins_though_an_error_came_first() {
+async fn first_success_wins_although_an_error_arrived_first() {
     for bad in [Fails, Status(429), Status(500), Status(503), Status(408)] {
         // The hedge attempt fails at 15 ms, and the first attempt succeeds at 100 ms.
         let (answer, at, won) = run((100, Status(200)), (5, bad)).await;

@@ -225,7 +225,7 @@ fn drops_cut_once_a_round_trip_and_growth_is_careful_for_a_while() {
     let _ = calls(&mut knee, 2000, |_| false);
     let limit = knee.limit();
     let grown = calls(&mut knee, 4000, |_| false);
-    assert!(grown.iter().all(|reason| *reason == ChangeReason::Room), "{grown:?}");
+    assert!(grown.iter().all(|reason| *reason == ChangeReason::Headroom), "{grown:?}");
     assert_eq!(knee.limit() as usize, limit as usize + grown.len(), "each change adds one");
 }
 

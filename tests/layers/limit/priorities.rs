@@ -244,7 +244,7 @@ async fn invalid_partitions_are_a_typed_error() {
         (vec![0.0], "above 0"),
         (vec![1.1], "up to 1"),
         (vec![f64::NAN], "above 0"),
-        (vec![0.6, 0.6], "sum up"),
+        (vec![0.6, 0.6], "with a sum"),
         (vec![0.01; 65], "at most 64"),
     ] {
         let fault = one().partitions(&shares).checked().unwrap_err();

@@ -146,7 +146,7 @@ async fn a_body_over_the_cap_continues_and_is_not_retried() {
             .await
             .unwrap();
         assert_eq!(response.status(), answer);
-        let stop = if answer == 503 { GiveUpReason::BodyGone } else { GiveUpReason::Answered };
+        let stop = if answer == 503 { GiveUpReason::BodyGone } else { GiveUpReason::Responded };
         assert_eq!((Attempts::of(&response).made, Attempts::of(&response).stop), (1, stop));
     }
     // A body of the size of the cap is saved.
@@ -190,7 +190,7 @@ async fn an_unread_post_is_retried_whatever_its_size() {
         let result = send(&layer().max_replay_bytes(10).layer(inner), post(body)).await;
         let told = told(&result);
         let expected =
-            if touched { (1, GiveUpReason::BodyGone) } else { (2, GiveUpReason::Answered) };
+            if touched { (1, GiveUpReason::BodyGone) } else { (2, GiveUpReason::Responded) };
         assert_eq!((told.made, told.stop), expected);
     }
 }

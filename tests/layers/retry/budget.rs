@@ -22,7 +22,7 @@ use super::fixtures::*;
 
 /// In other crates the ratios 0.6, 0.7 and 0.9 result in 100 %, and 0.4 results in 50 %.
 #[tokio::test(start_paused = true)]
-async fn a_budget_of_60_70_or_90_percent_gives_60_70_or_90_and_not_100() {
+async fn budget_of_60_70_or_90_percent_permits_exactly_that_share() {
     for percent in [1, 10, 20, 33, 40, 60, 70, 90, 99, 100, 150, 1000] {
         let budget = RetryBudget::with(f64::from(percent) / 100.0, 0, 100);
         let mut granted = 0;

@@ -116,14 +116,14 @@ async fn a_malformed_retry_after_is_ignored() {
     let mut headers = map(&[]);
     headers.insert("retry-after", long.parse().unwrap());
     let (took, told) = wait_for(layer(), 503, headers).await;
-    assert_eq!((took, told.made, told.stop), (Duration::ZERO, 1, GiveUpReason::WaitTooLong));
+    assert_eq!((took, told.made, told.stop), (Duration::ZERO, 1, GiveUpReason::DelayTooLong));
 }
 
 #[tokio::test(start_paused = true)]
 async fn hint_above_the_maximum_wait_ends_the_call() {
     let hint = |text: &'static str| map(&[("retry-after", text)]);
     let (took, told) = wait_for(layer(), 429, hint("31")).await;
-    assert_eq!((took, told.made, told.stop), (Duration::ZERO, 1, GiveUpReason::WaitTooLong));
+    assert_eq!((took, told.made, told.stop), (Duration::ZERO, 1, GiveUpReason::DelayTooLong));
     let (_, told) = wait_for(layer(), 429, hint("30")).await;
     assert_eq!(told.made, 2);
     let short = layer().max_wait(ms(2500));
@@ -135,7 +135,7 @@ async fn hint_above_the_maximum_wait_ends_the_call() {
         );
     }
     let (_, told) = wait_for(short.clone(), 503, hint("3")).await;
-    assert_eq!(told.stop, GiveUpReason::WaitTooLong);
+    assert_eq!(told.stop, GiveUpReason::DelayTooLong);
     // The backoff is cut to the maximum.
     let backoff = Backoff::constant(Duration::from_secs(60)).without_jitter();
     let (took, told) = wait_for(short.backoff(backoff), 503, map(&[])).await;

@@ -46,7 +46,7 @@ async fn unavailable_is_retried_in_the_head_and_in_the_trailers() {
         let expected = if code == 14 {
             (3, GiveUpReason::AttemptsUsedUp)
         } else {
-            (1, GiveUpReason::Answered)
+            (1, GiveUpReason::Responded)
         };
         let told = outcome(move || head(&[("grpc-status", text)])).await;
         assert_eq!((told.made, told.stop), expected, "{code} in the head");
@@ -62,15 +62,15 @@ async fn unavailable_is_retried_in_the_head_and_in_the_trailers() {
 #[tokio::test(start_paused = true)]
 async fn resource_exhausted_is_retried_only_with_pushback() {
     for (pairs, made, stop) in [
-        (&[("grpc-status", "8")][..], 1, GiveUpReason::Answered),
-        (&[("grpc-status", "8"), ("retry-after", "1")], 1, GiveUpReason::Answered),
+        (&[("grpc-status", "8")][..], 1, GiveUpReason::Responded),
+        (&[("grpc-status", "8"), ("retry-after", "1")], 1, GiveUpReason::Responded),
         (
             &[("grpc-status", "8"), ("grpc-retry-pushback-ms", "20")],
             3,
             GiveUpReason::AttemptsUsedUp,
         ),
         (&[("grpc-status", "8"), ("grpc-retry-pushback-ms", "-1")], 1, GiveUpReason::Pushback),
-        (&[("grpc-status", "13"), ("grpc-retry-pushback-ms", "20")], 1, GiveUpReason::Answered),
+        (&[("grpc-status", "13"), ("grpc-retry-pushback-ms", "20")], 1, GiveUpReason::Responded),
     ] {
         let told = outcome(move || head(pairs)).await;
         assert_eq!((told.made, told.stop), (made, stop), "{pairs:?}");
@@ -101,7 +101,7 @@ async fn pushback_is_a_minimum_delay_or_forbids_the_retry() {
     assert_eq!(told.made, 3);
     assert!(told.waited >= ms(2000) && told.waited <= ms(3000), "{told:?}");
     let told = outcome(|| head(&[("grpc-status", "14"), ("grpc-retry-pushback-ms", "30001")]));
-    assert_eq!(told.await.stop, GiveUpReason::WaitTooLong);
+    assert_eq!(told.await.stop, GiveUpReason::DelayTooLong);
 }
 
 #[tokio::test(start_paused = true)]

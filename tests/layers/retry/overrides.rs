@@ -26,7 +26,7 @@ async fn made(
 }
 
 const UP: (u32, GiveUpReason) = (3, GiveUpReason::AttemptsUsedUp);
-const ANSWERED: (u32, GiveUpReason) = (1, GiveUpReason::Answered);
+const ANSWERED: (u32, GiveUpReason) = (1, GiveUpReason::Responded);
 
 #[tokio::test(start_paused = true)]
 async fn retry_on_and_never_on_change_the_retried_failures() {

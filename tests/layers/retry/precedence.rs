@@ -40,7 +40,7 @@ async fn these_statuses_are_retried_and_no_others() {
         let yes = matches!(code, 408 | 421 | 425 | 429 | 502..=504 | 520..=524 | 529);
         let told = outcome(quick(&purse(9)), get(), move || Ok(status(code))).await;
         let expected =
-            if yes { (5, GiveUpReason::AttemptsUsedUp) } else { (1, GiveUpReason::Answered) };
+            if yes { (5, GiveUpReason::AttemptsUsedUp) } else { (1, GiveUpReason::Responded) };
         assert_eq!((told.made, told.stop), expected, "{code}");
     }
 }
@@ -91,7 +91,7 @@ async fn each_attempt_is_the_same_request_with_its_number() {
     let response = send(&quick(&purse(9)).layer(inner), request).await.unwrap();
     assert_eq!(response.status(), 201);
     let told = Attempts::of(&response);
-    assert_eq!((told.made, told.stop), (4, GiveUpReason::Answered));
+    assert_eq!((told.made, told.stop), (4, GiveUpReason::Responded));
     assert!(told.waited <= ms(3));
 }
 
@@ -303,7 +303,7 @@ async fn the_budget_is_not_reduced_when_another_rule_prevents_the_retry() {
         (GiveUpReason::Unsafe, layer(), post(ScriptBody::empty()), busy),
         (GiveUpReason::BodyGone, layer().max_replay_bytes(9), put(long()), busy),
         (GiveUpReason::AttemptsUsedUp, layer().attempts(1), get(), busy),
-        (GiveUpReason::WaitTooLong, layer(), get(), busy),
+        (GiveUpReason::DelayTooLong, layer(), get(), busy),
     ];
     for (stop, layer, request, answer) in cases {
         let handle = layer.handle();

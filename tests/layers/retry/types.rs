@@ -202,13 +202,13 @@ async fn reqwests_own_requests_are_retried_as_http() {
             1,
             GiveUpReason::BodyGone,
         ),
-        (ask(Method::GET, None), 404, 1, GiveUpReason::Answered),
+        (ask(Method::GET, None), 404, 1, GiveUpReason::Responded),
     ] {
         calls.store(0, SeqCst);
         let response = send(&layer().layer(answer(code)), request).await.unwrap();
         let told = response.extensions().get::<Attempts>();
         assert_eq!(
-            told.map_or((1, GiveUpReason::Answered), |told| (told.made, told.stop)),
+            told.map_or((1, GiveUpReason::Responded), |told| (told.made, told.stop)),
             (made, stop)
         );
         assert_eq!(calls.load(SeqCst), made);

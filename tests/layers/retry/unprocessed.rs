@@ -91,7 +91,7 @@ async fn too_early_is_retried_for_any_method_unless_the_client_sent_early_data()
     let plain = retried(layer(), request(Method::POST, &[]), 425, &[]).await;
     assert_eq!(plain, (3, GiveUpReason::AttemptsUsedUp, 9.0), "no withdrawal");
     let early = request(Method::GET, &[("early-data", "1")]);
-    assert_eq!(retried(layer(), early, 425, &[]).await, (1, GiveUpReason::Answered, 9.0));
+    assert_eq!(retried(layer(), early, 425, &[]).await, (1, GiveUpReason::Responded, 9.0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -152,8 +152,8 @@ async fn grpc_budget_follows_the_status_and_the_pushback() {
         let told = told(&send(&service, call).await);
         (told.stop, budget.balance() - before)
     };
-    assert_eq!(balance(&[("grpc-status", "0")]).await, (GiveUpReason::Answered, 0.5));
-    assert_eq!(balance(&[("grpc-status", "3")]).await, (GiveUpReason::Answered, 0.0));
+    assert_eq!(balance(&[("grpc-status", "0")]).await, (GiveUpReason::Responded, 0.5));
+    assert_eq!(balance(&[("grpc-status", "3")]).await, (GiveUpReason::Responded, 0.0));
     assert_eq!(balance(&[("grpc-status", "14")]).await, (GiveUpReason::AttemptsUsedUp, -1.0));
     for code in ["3", "13", "14"] {
         let pairs: &'static [_] =

@@ -60,7 +60,7 @@ async fn a_stale_connection_is_not_safe_for_post_and_is_for_get() {
         let told = told(&result);
         if repeated {
             assert_eq!(read(result.unwrap().into_body()).await.0, "ok");
-            assert_eq!((told.made, told.stop), (2, GiveUpReason::Answered), "{method}");
+            assert_eq!((told.made, told.stop), (2, GiveUpReason::Responded), "{method}");
             assert_eq!((seen.connections(), seen.requests()), (2, 3), "{method}");
             assert_eq!(budget.balance(), 9.0);
         } else {
@@ -175,7 +175,7 @@ async fn an_upload_whose_connection_breaks_is_replayed() {
         let request = Request::builder().method(method.clone()).uri("http://pipe/");
         let result = send(&service, request.body(body).unwrap()).await;
         let expected = if method == Method::PUT {
-            (2, GiveUpReason::Answered)
+            (2, GiveUpReason::Responded)
         } else {
             (1, GiveUpReason::Unsafe)
         };

@@ -75,7 +75,7 @@ async fn a_refused_stream_is_retried_for_any_method_without_withdrawal() {
             for (body, length) in [("", "0"), ("the body", "8")] {
                 let (told, answer, balance) = over_h2(method.clone(), body, first).await;
                 let case = format!("{method} {body:?} {first:?}");
-                assert_eq!((told.made, told.stop), (2, GiveUpReason::Answered), "{case}");
+                assert_eq!((told.made, told.stop), (2, GiveUpReason::Responded), "{case}");
                 assert_eq!(
                     answer.as_deref(),
                     Some(length.as_bytes()),
@@ -98,7 +98,7 @@ async fn an_upload_on_a_refused_stream_is_replayed() {
     let body = ScriptBody::new([data("one"), pause.clone(), data("two"), pause, data("three")]);
     let request = Request::post("http://pipe/").body(body.without_hints()).unwrap();
     let result = send(&service, request).await;
-    assert_eq!((told(&result).made, told(&result).stop), (2, GiveUpReason::Answered));
+    assert_eq!((told(&result).made, told(&result).stop), (2, GiveUpReason::Responded));
     assert_eq!(read(result.unwrap().into_body()).await.0, "11");
     assert_eq!(seen.requests(), 2);
 }
@@ -110,7 +110,7 @@ async fn any_other_reset_is_not_safe_for_post() {
             let (told, ..) = over_h2(Method::POST, "the body", first).await;
             assert_eq!((told.made, told.stop), (1, GiveUpReason::Unsafe), "{first:?}");
             let (told, ..) = over_h2(Method::GET, "", first).await;
-            assert_eq!((told.made, told.stop), (2, GiveUpReason::Answered), "{first:?}");
+            assert_eq!((told.made, told.stop), (2, GiveUpReason::Responded), "{first:?}");
         }
     }
 }
@@ -172,7 +172,7 @@ async fn a_stream_above_the_last_id_of_goaway_is_retried_without_withdrawal() {
             let told = told(&result);
             let case = format!("{method}, last {last}, reason {reason}: {result:?}");
             if unseen || method == Method::GET {
-                assert_eq!((told.made, told.stop), (2, GiveUpReason::Answered), "{case}");
+                assert_eq!((told.made, told.stop), (2, GiveUpReason::Responded), "{case}");
                 assert_eq!(seen.requests(), 2, "{case}");
                 assert_eq!(read(result.unwrap().into_body()).await.0, "8");
                 // The connection of an accepted stream broke, and is assumed to be reused.
