@@ -268,6 +268,9 @@ pub mod connect;
 pub mod deadline;
 #[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod drain;
+#[cfg(any(feature = "health", feature = "observe"))]
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
+pub mod endpoint;
 #[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod error;
 #[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
@@ -291,6 +294,9 @@ pub mod limit;
 #[cfg(any(feature = "listener", feature = "serve"))]
 #[cfg_attr(docsrs, doc(cfg(feature = "listener")))]
 pub mod listener;
+#[cfg(feature = "observe")]
+#[cfg_attr(docsrs, doc(cfg(feature = "observe")))]
+pub mod observe;
 #[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod origin;
 #[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]

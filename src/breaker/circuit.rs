@@ -65,6 +65,15 @@ use crate::{
 /// The `retry_after` of a rejection by a half-open circuit. The end of its probes has no known time.
 const PROBING_RETRY_AFTER: Nanos = 1_000_000_000;
 
+/// The kinds of rejections by a circuit.
+pub(super) const REJECTIONS: [RejectedKind; 5] = [
+    RejectedKind::Open,
+    RejectedKind::Probing,
+    RejectedKind::Recovering,
+    RejectedKind::ForcedOpen,
+    RejectedKind::DeadlinePassed,
+];
+
 /// The state of a circuit breaker, or of one key of a keyed circuit breaker.
 pub(crate) struct Circuit {
     machine: SyncMachine,
@@ -75,7 +84,8 @@ pub(crate) struct Circuit {
     label: OnceLock<Arc<LayerName>>,
     /// The name of the circuit that this one is a fork of. Used until this one gets a name.
     inherited_label: Option<Arc<LayerName>>,
-    rejected: AtomicU64,
+    /// The number of rejected calls, in the order of [`REJECTIONS`].
+    rejected: [AtomicU64; REJECTIONS.len()],
     /// Shadow mode: admits all calls, and counts those that it would reject.
     shadow: AtomicBool,
     shadowed: AtomicU64,
@@ -120,7 +130,7 @@ impl Circuit {
             clock: Clock::new(),
             label: OnceLock::new(),
             inherited_label: None,
-            rejected: AtomicU64::new(0),
+            rejected: Default::default(),
             shadow: AtomicBool::new(false),
             shadowed: AtomicU64::new(0),
             backpressure: AtomicBool::new(false),
@@ -231,8 +241,13 @@ impl Circuit {
         &self.changed
     }
 
-    pub(super) fn rejected(&self) -> u64 {
-        self.rejected.load(Ordering::Relaxed)
+    /// Returns the number of rejected calls, in the order of [`REJECTIONS`].
+    pub(super) fn rejected(&self) -> [u64; REJECTIONS.len()] {
+        self.rejected.each_ref().map(|count| count.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn waiting(&self) -> (u32, u32) {
+        (self.waiting.load(Ordering::Relaxed), self.max_waiting.load(Ordering::Relaxed))
     }
 
     pub(super) fn shadowed(&self) -> u64 {
@@ -591,7 +606,8 @@ impl Circuit {
 
     #[inline]
     fn reject_as(&self, kind: RejectedKind) -> Rejected {
-        self.rejected.fetch_add(1, Ordering::Relaxed);
+        let nth = REJECTIONS.iter().position(|known| *known == kind).unwrap_or(0);
+        self.rejected[nth].fetch_add(1, Ordering::Relaxed);
         event!(
             breaker,
             DEBUG,

@@ -60,7 +60,7 @@ impl CircuitBreakerHandle {
     /// Returns the state with all counts and results.
     #[must_use]
     pub fn snapshot(&self) -> CircuitBreakerSnapshot {
-        let (rejected, shadowed) = (self.0.rejected(), self.0.shadowed());
+        let (rejected, shadowed) = (self.0.rejected().iter().sum(), self.0.shadowed());
         self.0.read(|machine, times, now| {
             let state = machine.state();
             let left = Duration::from_nanos(machine.until().saturating_sub(now));
@@ -137,7 +137,7 @@ impl CircuitBreakerHandle {
     /// least one guard exists. The state beneath continues to change.
     #[must_use = "the isolation ends when this is dropped"]
     pub fn isolate(&self) -> Isolation {
-        self.0.change(|machine, _| machine.isolate(true));
+        self.0.change(|machine, at| machine.isolate(true, at.now));
         Isolation(self.clone())
     }
 
@@ -298,7 +298,7 @@ pub struct Isolation(CircuitBreakerHandle);
 
 impl Drop for Isolation {
     fn drop(&mut self) {
-        self.0.0.change(|machine, _| machine.isolate(false));
+        self.0.0.change(|machine, at| machine.isolate(false, at.now));
     }
 }
 

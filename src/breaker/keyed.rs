@@ -561,6 +561,29 @@ impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
     }
 }
 
+#[cfg(feature = "observe")]
+impl<Q> KeyedCircuitBreakerHandle<Q> {
+    pub(super) fn circuits(&self) -> &Arc<Circuits<Q>> {
+        &self.0
+    }
+}
+
+#[cfg(feature = "observe")]
+impl<Q> Circuits<Q> {
+    pub(super) fn named(&self) -> &str {
+        self.template.named()
+    }
+
+    /// Returns the number of circuits in each state, in the order of `CircuitState::ALL`.
+    pub(super) fn count_states(&self) -> [u64; super::state::CircuitState::ALL.len()] {
+        let mut counts = [0; super::state::CircuitState::ALL.len()];
+        for entry in self.map.entries() {
+            counts[entry.value.state().state().0 as usize] += 1;
+        }
+        counts
+    }
+}
+
 fn handle(circuit: &ShardedRef<Circuit>) -> CircuitBreakerHandle {
     CircuitBreakerHandle(circuit.state().clone())
 }

@@ -270,6 +270,8 @@ mod key_map;
 mod keyed;
 mod layer;
 mod machine;
+#[cfg(feature = "observe")]
+mod observe;
 mod open_duration;
 mod policy;
 mod published;

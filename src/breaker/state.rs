@@ -25,6 +25,10 @@ pub enum CircuitState {
 }
 
 impl CircuitState {
+    /// All states, in the order of their declaration.
+    pub(super) const ALL: [Self; 5] =
+        [Self::Closed, Self::Open, Self::HalfOpen, Self::ForcedOpen, Self::ForcedClosed];
+
     /// Returns the state in `snake_case`, as in metrics.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {

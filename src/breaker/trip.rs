@@ -286,6 +286,35 @@ pub enum TripReason {
 }
 
 impl TripReason {
+    /// The labels of all reasons, as [`as_str`](Self::as_str) returns them.
+    pub(super) const LABELS: [&str; 7] = [
+        "consecutive",
+        "failure_ratio",
+        "slow_ratio",
+        "when",
+        "probe",
+        "slow_probe",
+        "probe_timeout",
+    ];
+
+    /// Returns the reason in `snake_case`, as in metrics and events.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        Self::LABELS[self.index()]
+    }
+
+    pub(super) const fn index(&self) -> usize {
+        match self {
+            Self::Consecutive { .. } => 0,
+            Self::FailureRatio { .. } => 1,
+            Self::SlowRatio { .. } => 2,
+            Self::When { .. } => 3,
+            Self::Probe { .. } => 4,
+            Self::SlowProbe => 5,
+            Self::ProbeTimeout => 6,
+        }
+    }
+
     /// Returns whether half-open probes opened the circuit again.
     pub(super) const fn is_of_probes(&self) -> bool {
         matches!(self, Self::Probe { .. } | Self::SlowProbe | Self::ProbeTimeout)

@@ -1,6 +1,7 @@
 //! `application/health+json` (draft-inadarei-api-health-check-06). Reasons, times and durations are included only
 //! `with_reasons`.
 
+use crate::endpoint::typed;
 use std::{
     fmt::Write,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -11,7 +12,7 @@ use http::Response;
 
 use super::{
     entry::{CheckSnapshot, CheckState, HealthStatus},
-    response::{status, typed},
+    response::status,
 };
 
 pub(super) fn json_response(

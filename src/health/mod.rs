@@ -204,9 +204,7 @@ mod threshold;
 pub use self::grpc::{GrpcHealth, HealthWatch};
 pub use self::{
     check::Check,
-    endpoints::{
-        HealthBody, HealthEndpoints, HealthEndpointsFuture, HealthEndpointsLayer, HealthService,
-    },
+    endpoints::{HealthEndpoints, HealthEndpointsLayer, HealthService},
     entry::{CheckSnapshot, CheckState, HealthStatus},
     fail_open::FailOpen,
     handle::{HealthProbeHandle, HealthProbeSnapshot, LastProbe},
@@ -217,6 +215,7 @@ pub use self::{
     },
     registry::Health,
     reporter::Reporter,
+    responder::HealthRoutes,
     threshold::ProbeState,
 };
 pub use crate::indicator::Indicator;

@@ -3,15 +3,15 @@
 use std::slice;
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Response, StatusCode};
+use http::{HeaderMap, Response, StatusCode};
 
 use super::{
     entry::{CheckSnapshot, CheckState, HealthStatus},
     json::json_response,
     registry::{Health, is_name},
-    response::{plain, status, with_status},
+    response::{status, with_status},
 };
-use crate::respond::accepts;
+use crate::{endpoint::plain, respond::accepts};
 
 /// Maximum number of parameters of a query. Later parameters are ignored.
 const MAX_PARAMETERS: usize = 64;
@@ -82,20 +82,20 @@ impl<'a> Query<'a> {
     }
 }
 
-/// Makes the responses of the endpoints.
+/// The routes of the health endpoints.
 #[derive(Clone, Debug)]
-pub(super) struct Responder {
+pub struct HealthRoutes {
     pub(super) health: Health,
     /// The response contains reasons, times and durations.
     pub(super) with_reasons: bool,
 }
 
-impl Responder {
+impl HealthRoutes {
     pub(super) fn new(health: Health) -> Self {
         Self { health, with_reasons: false }
     }
 
-    pub(super) fn respond(
+    pub(super) fn respond_to(
         &self,
         route: HealthRoute<'_>,
         query: Option<&str>,
@@ -205,10 +205,6 @@ fn overall(checks: &[CheckSnapshot]) -> HealthStatus {
     checks.iter().map(CheckSnapshot::status).max().unwrap_or(HealthStatus::Pass)
 }
 
-pub(super) fn is_get_or_head(method: &Method) -> bool {
-    method == Method::GET || method == Method::HEAD
-}
-
 #[cfg(test)]
 mod tests {
     use http::{HeaderValue, header};
@@ -217,9 +213,9 @@ mod tests {
     use super::*;
 
     fn get(health: &Health, path: &str, query: &str) -> (u16, String) {
-        let responder = Responder::new(health.clone());
+        let responder = HealthRoutes::new(health.clone());
         let route = HealthRoute::of(path).unwrap();
-        let response = responder.respond(route, Some(query), &HeaderMap::new());
+        let response = responder.respond_to(route, Some(query), &HeaderMap::new());
         let body = String::from_utf8(response.body().to_vec()).unwrap();
         (response.status().as_u16(), body)
     }
@@ -293,14 +289,14 @@ mod tests {
             query in "((verbose|exclude|.{0,9})=?(db|.{0,70})&?){0,70}",
             accept in "(application/(health[+])?json|[*]/[*]|.{0,9})([,;].{0,20}){0,9}",
         ) {
-            let responder = Responder { health: Health::new(), with_reasons: true };
+            let responder = HealthRoutes { health: Health::new(), with_reasons: true };
             let _db = responder.health.reporter("db").unwrap();
             let mut headers = HeaderMap::new();
             if let Ok(accept) = HeaderValue::from_str(&accept) {
                 headers.insert(header::ACCEPT, accept);
             }
             if let Some(route) = HealthRoute::of(&path) {
-                let response = responder.respond(route, Some(&query), &headers);
+                let response = responder.respond_to(route, Some(&query), &headers);
                 prop_assert!(response.body().len() < 200);
             }
         }

@@ -101,6 +101,33 @@ impl fmt::Display for OutcomeKind {
 }
 
 impl Reason {
+    /// All reasons, in the order of their declaration.
+    pub(crate) const ALL: [Self; 23] = [
+        Self::Completed,
+        Self::Status,
+        Self::GrpcStatus,
+        Self::ConnectRefused,
+        Self::ConnectTimeout,
+        Self::ConnectFailed,
+        Self::NeverSent,
+        Self::RefusedStream,
+        Self::GoAway,
+        Self::StaleConnection,
+        Self::Reset,
+        Self::Timeout,
+        Self::Error,
+        Self::Body,
+        Self::MissingStatus,
+        Self::Dropped,
+        Self::Caller,
+        Self::CallerDeadline,
+        Self::NoResponse,
+        Self::Superseded,
+        Self::Panicked,
+        Self::Rejected,
+        Self::Reported,
+    ];
+
     /// Returns the reason in `snake_case`, for the label of a metric.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {

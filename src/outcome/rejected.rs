@@ -41,7 +41,7 @@ pub(crate) enum LayerKind {
 }
 
 impl LayerKind {
-    const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::CircuitBreaker => "circuit_breaker",
             Self::ConcurrencyLimit => "concurrency_limit",

@@ -26,15 +26,17 @@ impl Machine {
             self.trips_in_row = 0;
         }
         self.last_event = now;
-        self.transition_to(phase(to, Duration::ZERO, now), None)
+        self.transition_to(phase(to, Duration::ZERO, now), None, now)
     }
 
     /// Adds or removes an isolation, which holds the circuit open. The state beneath it continues to change.
-    pub(in super::super) fn isolate(&mut self, more: bool) -> Option<Transition> {
+    pub(in super::super) fn isolate(&mut self, more: bool, now: Nanos) -> Option<Transition> {
         let (before, from) = (self.isolations, self.state());
         self.isolations = if more { before.saturating_add(1) } else { before.saturating_sub(1) };
         let turned = (before == 0) != (self.isolations == 0);
-        turned.then(|| Transition { from, to: self.state(), tripped: None, probes: None })
+        let to = self.state();
+        self.history.record_change(from, to, now);
+        turned.then_some(Transition { from, to, tripped: None, probes: None })
     }
 
     /// Returns the part of a snapshot that another circuit restores.
@@ -62,7 +64,7 @@ impl Machine {
         self.trips_in_row = saved.trips_in_row;
         self.last_event = now;
         self.open_time = self.open_time.max(nanos(saved.left));
-        self.transition_to(phase(saved.state, saved.left, now), None)
+        self.transition_to(phase(saved.state, saved.left, now), None, now)
     }
 
     /// Sets new thresholds of the same rules, and keeps the counts. Returns `false` if they are other rules.

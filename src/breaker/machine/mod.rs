@@ -13,6 +13,7 @@
 //! - The only user code that the machine runs is the closures of [`Trip::when`](super::trip::Trip::when). It does not
 //!   drop them under the lock: [`Machine::adjust`] swaps them with the new ones.
 
+mod history;
 mod manual;
 mod probes;
 mod stats;
@@ -23,6 +24,7 @@ mod window;
 use std::{mem, time::Duration};
 
 pub(super) use self::{
+    history::History,
     probes::{MAX_CHANGES, ProbeReport, Probes},
     stats::{CallCounts, Ended, TimeWindows, Windows},
 };
@@ -67,7 +69,7 @@ pub(super) struct Machine {
     generation: u64,
     /// The number of isolations that hold the circuit open.
     isolations: u32,
-    opened: u64,
+    history: History,
     /// The number of trips since the last ones were forgotten.
     trips_in_row: u32,
     last: Option<TripReason>,
@@ -111,7 +113,7 @@ impl Machine {
             phase: MachinePhase::Closed { since: 0, ramps: false },
             generation,
             isolations: 0,
-            opened: 0,
+            history: History::default(),
             trips_in_row: 0,
             last: None,
             last_rule: None,
@@ -129,7 +131,12 @@ impl Machine {
             || now.saturating_sub(since) >= nanos(self.settings.open_for.reset_time())
     }
 
-    fn transition_to(&mut self, phase: MachinePhase, tripped: Option<TripReason>) -> Transition {
+    fn transition_to(
+        &mut self,
+        phase: MachinePhase,
+        tripped: Option<TripReason>,
+        now: Nanos,
+    ) -> Transition {
         self.generation += 1;
         let (from, progress) = (self.state(), self.half_open_progress());
         if let MachinePhase::HalfOpen(probes) = mem::replace(&mut self.phase, phase) {
@@ -137,7 +144,9 @@ impl Machine {
             // hold ends two phases only if their probes were few.
             self.ended = Some(probes);
         }
-        Transition { from, to: self.state(), tripped, probes: progress }
+        let to = self.state();
+        self.history.record_change(from, to, now);
+        Transition { from, to, tripped, probes: progress }
     }
 
     /// Takes the probes of a phase that has ended. There may be many, and they are dropped without the lock.

@@ -46,7 +46,8 @@ impl Machine {
                 // `until` is inclusive: at that time the circuit is half-open.
                 MachinePhase::Open { until } if at.now >= *until => {
                     self.last_event = self.last_event.max(*until);
-                    Some(self.transition_to(MachinePhase::HalfOpen(Probes::default()), None))
+                    let due = *until;
+                    Some(self.transition_to(MachinePhase::HalfOpen(Probes::default()), None, due))
                 }
                 MachinePhase::HalfOpen(probes) => match probes.pass_time(at.now) {
                     Some(ended) => match self.decide(At { now: ended, ..at }) {
@@ -187,6 +188,9 @@ impl Machine {
         let MachinePhase::Closed { .. } = self.phase else { return None };
         self.last_event = at.now;
         let ended = Ended { outcome: self.counts.assess(ended.outcome, at.now), ..ended };
+        if ended.outcome.is_failure() {
+            self.history.record_failure(ended.outcome.reason());
+        }
         let (rule, tripped) = self.counts.record(ended, at.now, at.times)?;
         let change = self.open(tripped, ended.outcome.retry_after(), at);
         self.last_rule = Some(rule);
@@ -225,7 +229,7 @@ impl Machine {
             ProbeVerdict::Close => {
                 self.counts.clear(at.times);
                 let ramps = !self.settings.ramp.is_zero();
-                self.transition_to(MachinePhase::Closed { since: at.now, ramps }, None)
+                self.transition_to(MachinePhase::Closed { since: at.now, ramps }, None, at.now)
             }
         })
     }
@@ -236,10 +240,10 @@ impl Machine {
         }
         let wait = self.settings.open_for.wait(self.trips_in_row, hint, (at.rng)());
         self.trips_in_row = self.trips_in_row.saturating_add(1);
-        self.opened += 1;
+        self.history.record_trip(tripped);
         (self.last, self.last_rule) = (Some(tripped), None);
         self.open_time = nanos(wait);
         let until = at.now.saturating_add(self.open_time);
-        self.transition_to(MachinePhase::Open { until }, Some(tripped))
+        self.transition_to(MachinePhase::Open { until }, Some(tripped), at.now)
     }
 }

@@ -5,7 +5,7 @@ use super::super::{
     state::{CircuitState, HalfOpenProgress},
     trip::{CallStats, TripReason},
 };
-use super::{Machine, MachinePhase, stats::TimeWindows};
+use super::{Machine, MachinePhase, history::History, stats::TimeWindows};
 use crate::time::{Nanos, nanos};
 
 impl Machine {
@@ -94,7 +94,12 @@ impl Machine {
     }
 
     pub(in super::super) fn opened(&self) -> u64 {
-        self.opened
+        self.history.trips.iter().sum()
+    }
+
+    /// Returns the totals since the circuit was made, up to this time.
+    pub(in super::super) fn history(&self, now: Nanos) -> History {
+        self.history.at(self.state(), now)
     }
 
     pub(in super::super) fn last_trip(&self) -> Option<TripReason> {

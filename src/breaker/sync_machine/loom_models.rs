@@ -148,7 +148,7 @@ fn loom_isolations_are_counted_and_leave_no_trace() {
     loom::model(|| {
         let machine = Arc::new(machine(Trip::consecutive(2)));
         let isolate =
-            |machine: &SyncMachine, more| machine.with(|machine, _| machine.isolate(more));
+            |machine: &SyncMachine, more| machine.with(|machine, _| machine.isolate(more, 0));
         isolate(&machine, true);
         let other = {
             let machine = machine.clone();

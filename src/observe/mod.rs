@@ -1,0 +1,53 @@
+//! Metrics of all layers: one registry that reads them when they are scraped.
+//!
+//! Layers count for themselves. A [`Registry`] reads their counts and states when a scrape arrives, so an admitted call
+//! costs nothing more. `docs/metrics.md` lists the metrics with their units and labels.
+//!
+//! ```
+//! use axum::Router;
+//! use buttress::{CircuitBreakerLayer, ConcurrencyLimitLayer, observe::Registry};
+//!
+//! # fn main() -> Result<(), buttress::ConfigError> {
+//! let registry = Registry::new();
+//! let breaker = CircuitBreakerLayer::http().name("search");
+//! let limit = ConcurrencyLimitLayer::new(512).name("front");
+//! registry.watch(&breaker.handle())?;
+//! registry.watch(&limit.handle())?;
+//!
+//! // `GET /metrics`, outside of the limit: a full server can still be scraped.
+//! let app: Router = Router::new().layer(limit.respond()).layer(registry.endpoints());
+//! # let _ = app;
+//! # Ok(()) }
+//! ```
+//!
+//! # Names
+//!
+//! Each layer needs a name (`.name("search")`) before [`watch`](Registry::watch): the label `name` of its metrics. Two
+//! layers of the same kind need different names. The layers of one stack should have the same name, so that rules can
+//! combine their metrics.
+//!
+//! # Labels
+//!
+//! All labels except `name` have closed sets of values. Every value of a set is exported from the first scrape, with 0:
+//! otherwise `rate()` would miss the first increment.
+
+mod endpoint;
+mod histogram;
+mod metric;
+pub(crate) mod metrics;
+mod registry;
+mod text;
+mod visit;
+
+pub use self::{
+    endpoint::{MetricsEndpoint, MetricsEndpointLayer, MetricsService},
+    metric::{HistogramSnapshot, Metric, MetricKind, Value},
+    metrics::METRICS,
+    registry::{NamedVisit, Registry},
+    visit::{Observe, Part, Visit},
+};
+#[allow(unused_imports)]
+pub(crate) use self::{
+    histogram::{CALL_BOUNDS, Histogram, RETRY_BOUNDS, WAIT_BOUNDS},
+    visit::Observed,
+};

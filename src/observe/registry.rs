@@ -1,0 +1,152 @@
+//! What the process observes, by name.
+
+use std::{
+    fmt,
+    sync::{Arc, Weak},
+};
+
+use super::{
+    metric::{Metric, Value},
+    metrics::{BUILD_INFO, FOLDED_SERIES},
+    text,
+    visit::{Observe, Observed, Part, Visit},
+};
+use crate::{error::ConfigError, sync::Mutex};
+
+/// The maximum length of a name in bytes. A name is the value of a label.
+const MAX_NAME_BYTES: usize = 64;
+
+/// The layers that the process observes.
+///
+/// A registry holds no layer alive: a layer whose last service and handle are dropped disappears from the metrics. Clones
+/// share the layers.
+///
+/// ```
+/// use buttress::{CircuitBreakerLayer, observe::Registry};
+///
+/// # fn main() -> Result<(), buttress::ConfigError> {
+/// let registry = Registry::new();
+/// let breaker = CircuitBreakerLayer::http().name("search");
+/// registry.watch(&breaker.handle())?;
+/// assert!(registry.text().contains("buttress_breaker_state{name=\"search\",state=\"closed\"} 1"));
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Default)]
+pub struct Registry {
+    watched: Arc<Mutex<Vec<Arc<Watched>>>>,
+}
+
+/// One layer that is observed.
+struct Watched {
+    layer: &'static str,
+    name: String,
+    state: Weak<dyn Observed>,
+}
+
+impl Registry {
+    /// Returns a registry that watches nothing.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Watches the layer of a handle, all layers of the handle of a stack, or the checks of a health registry.
+    ///
+    /// The metrics have the name of the layer as the label `name`. All layers of a stack have the name of the stack. Give
+    /// the layers of one stack that you build yourself the same name, so that rules can combine their metrics.
+    ///
+    /// # Errors
+    ///
+    /// A layer without a name, with a name of more than 64 bytes, or with the name of another watched layer of the same
+    /// kind. Then nothing of the handle is watched.
+    pub fn watch(&self, handle: &impl Observe) -> Result<(), ConfigError> {
+        let parts = handle.parts();
+        let mut watched = self.watched.lock();
+        watched.retain(|watched| watched.state.strong_count() > 0);
+        for (nth, part) in parts.iter().enumerate() {
+            check_name(part)?;
+            let is_same = |other: &str, name: &str| other == part.layer && name == part.name;
+            let is_taken = watched.iter().any(|other| is_same(other.layer, &other.name))
+                || parts[..nth].iter().any(|other| is_same(other.layer, &other.name));
+            if is_taken {
+                let remedy = format!("give each {} a name of its own", part.layer);
+                return Err(ConfigError::new("name", &part.name, remedy));
+            }
+        }
+        let new = |Part { layer, name, state }| Arc::new(Watched { layer, name, state });
+        watched.extend(parts.into_iter().map(new));
+        Ok(())
+    }
+
+    /// Visits the current values of all metrics of the watched layers, layer by layer.
+    pub fn visit(&self, to: &mut dyn NamedVisit) {
+        let version = [("version", env!("CARGO_PKG_VERSION"))];
+        to.sample(&BUILD_INFO, None, &version, Value::Count(1));
+        let watched = self.watched.lock().clone();
+        for watched in watched {
+            if let Some(state) = watched.state.upgrade() {
+                state.observe(&mut Named { name: &watched.name, to });
+            }
+        }
+        to.sample(&FOLDED_SERIES, None, &[], Value::Count(0));
+    }
+
+    /// Returns the metrics in the text format of Prometheus, version 0.0.4.
+    #[must_use]
+    pub fn text(&self) -> String {
+        text::render(self, text::Format::Prometheus)
+    }
+
+    /// Returns the metrics in the text format of OpenMetrics, version 1.0.0.
+    #[must_use]
+    pub fn open_metrics(&self) -> String {
+        text::render(self, text::Format::OpenMetrics)
+    }
+}
+
+fn check_name(part: &Part) -> Result<(), ConfigError> {
+    // The health registry and the lifecycle exist once in a process.
+    if part.layer.is_empty() {
+        return Ok(());
+    }
+    if part.name.is_empty() {
+        let remedy = format!("call `.name(…)` of the {} before `handle()`", part.layer);
+        return Err(ConfigError::new("name", "", remedy));
+    }
+    if part.name.len() > MAX_NAME_BYTES {
+        let remedy = format!("use at most {MAX_NAME_BYTES} bytes");
+        return Err(ConfigError::new("name", &part.name, remedy));
+    }
+    Ok(())
+}
+
+/// Receives the values of metrics with the names of their layers.
+pub trait NamedVisit {
+    /// Receives one value. `name` is the name of the layer, or `None` for a metric of the process.
+    fn sample(
+        &mut self,
+        metric: &'static Metric,
+        name: Option<&str>,
+        labels: &[(&'static str, &str)],
+        value: Value,
+    );
+}
+
+struct Named<'a> {
+    name: &'a str,
+    to: &'a mut dyn NamedVisit,
+}
+
+impl Visit for Named<'_> {
+    fn sample(&mut self, metric: &'static Metric, labels: &[(&'static str, &str)], value: Value) {
+        self.to.sample(metric, metric.is_named().then_some(self.name), labels, value);
+    }
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let watched = self.watched.lock().clone();
+        let names = watched.iter().map(|watched| (watched.layer, &watched.name));
+        f.debug_struct("Registry").field("watched", &names.collect::<Vec<_>>()).finish()
+    }
+}

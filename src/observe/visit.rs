@@ -1,0 +1,118 @@
+//! How a registry reads the state of a layer.
+
+use std::sync::Weak;
+
+use super::metric::{Metric, Value};
+use crate::{sealed::Sealed, time::Nanos};
+
+/// Receives the values of metrics.
+pub trait Visit {
+    /// Receives one value. The labels do not contain the `name`.
+    fn sample(&mut self, metric: &'static Metric, labels: &[(&'static str, &str)], value: Value);
+}
+
+/// The methods for the forms of values that layers have.
+impl dyn Visit + '_ {
+    pub(crate) fn count(&mut self, metric: &'static Metric, value: u64) {
+        self.sample(metric, &[], Value::Count(value));
+    }
+
+    pub(crate) fn number(&mut self, metric: &'static Metric, value: f64) {
+        self.sample(metric, &[], Value::Number(value));
+    }
+
+    /// Visits a time in seconds.
+    pub(crate) fn seconds(&mut self, metric: &'static Metric, nanos: Nanos) {
+        self.number(metric, nanos as f64 / 1e9);
+    }
+
+    /// Visits a time in seconds with a label.
+    pub(crate) fn seconds_of(
+        &mut self,
+        metric: &'static Metric,
+        label: (&'static str, &str),
+        nanos: Nanos,
+    ) {
+        self.sample(metric, &[label], Value::Number(nanos as f64 / 1e9));
+    }
+
+    /// Visits a count for each value of a label.
+    pub(crate) fn counts<'a>(
+        &mut self,
+        metric: &'static Metric,
+        label: &'static str,
+        counts: impl IntoIterator<Item = (&'a str, u64)>,
+    ) {
+        for (value, count) in counts {
+            self.sample(metric, &[(label, value)], Value::Count(count));
+        }
+    }
+
+    /// Visits a count for each value of a second label. The first one is the layer.
+    pub(crate) fn counts_of<'a>(
+        &mut self,
+        metric: &'static Metric,
+        layer: &str,
+        label: &'static str,
+        counts: impl IntoIterator<Item = (&'a str, u64)>,
+    ) {
+        for (value, count) in counts {
+            self.sample(metric, &[("layer", layer), (label, value)], Value::Count(count));
+        }
+    }
+
+    /// Visits a value of 1 for the state that holds, and of 0 for all others.
+    pub(crate) fn state<'a>(
+        &mut self,
+        metric: &'static Metric,
+        label: &'static str,
+        states: impl IntoIterator<Item = &'a str>,
+        now: &str,
+    ) {
+        self.counts(
+            metric,
+            label,
+            states.into_iter().map(|state| (state, u64::from(state == now))),
+        );
+    }
+}
+
+/// The state of a layer, as a registry reads it.
+pub(crate) trait Observed: Send + Sync + 'static {
+    /// Visits the values of all metrics of this layer. Takes each lock of the layer at most once, and does not call the
+    /// visitor under a lock.
+    fn observe(&self, to: &mut dyn Visit);
+}
+
+/// A part of what a [`Registry`](super::registry::Registry) watches: one layer.
+///
+/// It does not keep the layer alive.
+pub struct Part {
+    pub(super) layer: &'static str,
+    pub(super) name: String,
+    pub(super) state: Weak<dyn Observed>,
+}
+
+impl Part {
+    pub(crate) fn new(layer: &'static str, name: &str, state: Weak<dyn Observed>) -> Self {
+        Self { layer, name: name.to_owned(), state }
+    }
+}
+
+impl std::fmt::Debug for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Part")
+            .field("layer", &self.layer)
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a [`Registry`](super::registry::Registry) can watch: the handles of layers and stacks, and the registries of
+/// health checks.
+///
+/// The trait is sealed: it cannot be implemented outside of this crate.
+pub trait Observe: Sealed {
+    /// Returns the layers to watch.
+    fn parts(&self) -> Vec<Part>;
+}
