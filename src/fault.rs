@@ -1,6 +1,9 @@
 //! The first setting of a layer that cannot work, and its reports.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+};
 
 use crate::{
     error::ConfigError,
@@ -91,6 +94,48 @@ impl LayerName {
     /// Returns the name of a layer whose settings can work.
     pub(crate) fn named(name: &str) -> Arc<Self> {
         Arc::new(Self { name: name.into(), fault: None })
+    }
+}
+
+/// The name of a layer: the first name that it gets, or until then a default, such as the name of the layer that it is a
+/// fork of. It is read without a lock.
+#[derive(Debug, Default)]
+pub(crate) struct NameCell {
+    own: OnceLock<Arc<LayerName>>,
+    default: OnceLock<Arc<LayerName>>,
+}
+
+impl NameCell {
+    /// Sets the name, unless the layer has a name of its own. An empty name has no effect.
+    pub(crate) fn set(&self, name: &str) {
+        if !name.is_empty() {
+            // The first name stays, because rejections in progress refer to it.
+            let _ = self.own.set(LayerName::named(name));
+        }
+    }
+
+    #[inline]
+    pub(crate) fn get(&self) -> Option<&Arc<LayerName>> {
+        self.own.get().or_else(|| self.default.get())
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        self.get().map_or("", |label| &label.name)
+    }
+
+    pub(crate) fn has_own(&self) -> bool {
+        self.own.get().is_some()
+    }
+
+    /// Sets the name that is used until the layer has a name of its own. The first default stays.
+    pub(crate) fn set_default(&self, name: &str) {
+        let _ = self.default.set(LayerName::named(name));
+    }
+
+    /// Returns a cell with this name as its default.
+    pub(crate) fn fork(&self) -> Self {
+        let default = self.get().map_or_else(OnceLock::new, |name| name.clone().into());
+        Self { own: OnceLock::new(), default }
     }
 }
 

@@ -11,6 +11,7 @@ mod layers {
     mod health;
     mod hedge;
     mod limit;
+    mod live_changes;
     mod observe;
     mod retry;
     mod secrets;

@@ -37,7 +37,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -54,7 +54,7 @@ use super::{
 };
 use crate::{
     event::{RepeatedEvent, event},
-    fault::LayerName,
+    fault::NameCell,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor},
     permit::{FreeSlots, Measures, OwnedSlot, Release, ReleaseAt, Slot, SlotOwner, Token},
     sealed::Sealed,
@@ -81,9 +81,7 @@ pub(crate) struct Circuit {
     /// Notified of each change and of each probe slot that is taken or released.
     changed: Arc<Notify>,
     clock: Clock,
-    label: OnceLock<Arc<LayerName>>,
-    /// The name of the circuit that this one is a fork of. Used until this one gets a name.
-    inherited_label: Option<Arc<LayerName>>,
+    label: NameCell,
     /// The number of rejected calls, in the order of [`REJECTIONS`].
     rejected: [AtomicU64; REJECTIONS.len()],
     /// Shadow mode: admits all calls, and counts those that it would reject.
@@ -128,8 +126,7 @@ impl Circuit {
             slot,
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
-            label: OnceLock::new(),
-            inherited_label: None,
+            label: NameCell::default(),
             rejected: Default::default(),
             shadow: AtomicBool::new(false),
             shadowed: AtomicU64::new(0),
@@ -149,7 +146,7 @@ impl Circuit {
     /// Returns a new circuit with the rules, the settings and the name of this one. It can get another name.
     pub(super) fn fork(&self) -> Self {
         let mut new = self.like(false);
-        new.inherited_label = self.label().cloned();
+        new.label = self.label.fork();
         new
     }
 
@@ -169,18 +166,11 @@ impl Circuit {
     // ===== Settings =====
 
     pub(super) fn name(&self, name: &str) {
-        if !name.is_empty() {
-            // The first name stays, because rejections in progress refer to it.
-            let _ = self.label.set(LayerName::named(name));
-        }
+        self.label.set(name);
     }
 
     pub(super) fn named(&self) -> &str {
-        self.label().map_or("", |label| &*label.name)
-    }
-
-    fn label(&self) -> Option<&Arc<LayerName>> {
-        self.label.get().or(self.inherited_label.as_ref())
+        self.label.as_str()
     }
 
     /// Changes the settings. Wakes waiters, because the new settings may admit them.
@@ -615,7 +605,7 @@ impl Circuit {
             reason = kind.as_str(),
             "call rejected"
         );
-        Rejected::by(LayerKind::CircuitBreaker, kind).labelled(self.label().cloned())
+        Rejected::by(LayerKind::CircuitBreaker, kind).labelled(self.label.get().cloned())
     }
 }
 

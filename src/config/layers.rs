@@ -222,7 +222,7 @@ impl RetryConfig {
         retry.set_backoff(backoff.max(self.backoff_max))?;
         retry.set_max_wait(self.max_wait);
         retry.set_hint_jitter(self.hint_jitter)?;
-        retry.set_wait_on_rejection(self.wait_on_rejection);
+        retry.set_wait_on_rejection(self.wait_on_rejection)?;
         retry.set_unprocessed(self.unprocessed.iter().copied())?;
         retry.set_attempt_timeout(self.attempt_timeout)?;
         retry.set_max_replay_bytes(self.max_replay_bytes);

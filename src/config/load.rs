@@ -437,8 +437,9 @@ impl<C: StackConfig> Loader<C> {
         }
         let rows = config.groups().into_iter().flat_map(SettingsGroup::rows);
         let near = || {
-            let keys = rows.map(|row| row.key).chain(["preset"]);
-            let key = renamed(&loaded.key).or_else(|| near_miss(&loaded.key, keys));
+            let keys: Vec<_> = rows.map(|row| row.key).chain(["preset"]).collect();
+            let key = renamed(&loaded.key).filter(|key| keys.contains(key));
+            let key = key.or_else(|| near_miss(&loaded.key, keys.iter().copied()));
             key.map(|key| format!("use `{key}`"))
         };
         let remedy = alias::<C>(&loaded.key).map(|alias| alias.to.remedy()).or_else(near);

@@ -37,7 +37,7 @@ use std::{
     future::{Future, poll_fn},
     pin::pin,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -57,7 +57,7 @@ use super::{
 use crate::sync::{Mutex, MutexGuard};
 use crate::{
     event::event,
-    fault::LayerName,
+    fault::NameCell,
     origin::Origin,
     outcome::{LayerKind, Rejected, RejectedKind, WaitsFor},
     time::{Clock, Nanos, nanos},
@@ -74,7 +74,7 @@ pub(super) struct ConnectState {
     /// The checkout permits of calls to all hosts. The limit is that of `total`.
     pub(super) checkout_permits: Arc<ShrinkableSemaphore>,
     hosts: Mutex<Hosts>,
-    label: OnceLock<Arc<LayerName>>,
+    label: NameCell,
     /// Whether a connector uses this state. From then on, a setter of the layer makes a [fork](Self::fork).
     is_in_use: AtomicBool,
 }
@@ -172,7 +172,7 @@ impl ConnectState {
             total: ShrinkableSemaphore::new(NO_LIMIT),
             checkout_permits: ShrinkableSemaphore::new(NO_LIMIT),
             hosts: Mutex::default(),
-            label: OnceLock::new(),
+            label: NameCell::default(),
             is_in_use: AtomicBool::new(false),
         }
     }
@@ -205,12 +205,11 @@ impl ConnectState {
     }
 
     pub(super) fn set_name(&self, name: &str) {
-        // Only the first name is used. Rejections share it.
-        let _ = self.label.set(LayerName::named(name));
+        self.label.set(name);
     }
 
     pub(super) fn has_name(&self) -> bool {
-        self.label.get().is_some()
+        self.label.has_own()
     }
 
     /// Records that a connector uses this state.
@@ -224,7 +223,7 @@ impl ConnectState {
 
     /// Returns a state with these settings and this name, which no connector uses.
     pub(super) fn fork(&self) -> Self {
-        let fork = Self { label: self.label.clone(), ..Self::new() };
+        let fork = Self { label: self.label.fork(), ..Self::new() };
         let (old, new) = (&self.settings, &fork.settings);
         for (old, new) in [
             (&old.max_wait, &new.max_wait),

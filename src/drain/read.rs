@@ -58,7 +58,11 @@ pub(crate) fn poll_read<B: Body>(
         if *read > max_bytes {
             return Poll::Ready(ReadEnd::Exceeded);
         }
+        let is_last = frame.is_trailers();
         on_frame(frame);
+        if is_last {
+            return Poll::Ready(ReadEnd::End);
+        }
     }
     // Yield, so that the timer of the read and other tasks are polled.
     cx.waker().wake_by_ref();

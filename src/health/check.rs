@@ -16,7 +16,7 @@ use tokio::{
 use super::{
     catch_panic::CatchPanic,
     entry::{CheckEntry, CheckState, MAX_REASON},
-    registry::{Health, Registry},
+    registry::{CheckRegistry, Health},
     schedule::{Schedule, checked_jitter, checked_thresholds},
     threshold::Threshold,
 };
@@ -195,7 +195,7 @@ impl Check {
 
 /// The task of a check. It owns no reference to the registry, so that it ends with the registry.
 struct CheckRunner {
-    registry: Weak<Registry>,
+    registry: Weak<CheckRegistry>,
     entry: Arc<CheckEntry>,
     make: Box<dyn FnMut() -> CheckFuture + Send>,
     schedule: Schedule,

@@ -324,7 +324,7 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         self.with_gate(|gate| gate.add_listener(listener))
     }
 
-    /// Sets the name in rejections and events.
+    /// Sets the name in rejections and events. The first name stays.
     pub fn name(self, name: &str) -> Self {
         self.with_gate(|gate| gate.set_name(name))
     }

@@ -23,10 +23,10 @@ const MAX_CHECKS: usize = 1000;
 /// Clones share the checks. The process is ready while no critical check fails or is unknown, so it is also ready
 /// without checks. Liveness does not depend on the checks.
 #[derive(Clone, Default)]
-pub struct Health(Arc<Registry>);
+pub struct Health(Arc<CheckRegistry>);
 
 #[derive(Default)]
-pub(super) struct Registry {
+pub(super) struct CheckRegistry {
     /// In the order in which they were added. No user code runs under this lock.
     checks: Mutex<Vec<Arc<CheckEntry>>>,
     /// The number of changes.
@@ -129,14 +129,14 @@ impl Health {
         self.find(name, CheckEntry::snapshot)
     }
 
-    pub(super) fn registry(&self) -> &Arc<Registry> {
+    pub(super) fn registry(&self) -> &Arc<CheckRegistry> {
         &self.0
     }
 
     /// Applies a closure to the check with this name, under the lock.
     ///
     /// The closure borrows the entry. A clone of its `Arc` would count as a reporter that is alive: see
-    /// [`Registry::add_entry`].
+    /// [`CheckRegistry::add_entry`].
     fn find<T>(&self, name: &str, read: impl FnOnce(&CheckEntry) -> T) -> Option<T> {
         self.0.checks.lock().iter().find(|entry| entry.name() == name).map(|entry| read(entry))
     }
@@ -147,7 +147,7 @@ pub(super) fn is_name(name: &str) -> bool {
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
-impl Registry {
+impl CheckRegistry {
     /// Increments the version and notifies the watchers. It runs wakers, so no lock may be held.
     pub(super) fn notify(&self) {
         self.version.fetch_add(1, Ordering::AcqRel);
@@ -210,7 +210,7 @@ impl Registry {
     }
 }
 
-impl Drop for Registry {
+impl Drop for CheckRegistry {
     /// Aborts the tasks of all checks, because no handle is left that could read their results.
     fn drop(&mut self) {
         let checks = mem::take(&mut *self.checks.lock());

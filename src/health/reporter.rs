@@ -2,7 +2,7 @@ use std::{fmt, sync::Arc, thread, time::Duration};
 
 use super::{
     entry::{CheckEntry, CheckState},
-    registry::{Health, Registry},
+    registry::{CheckRegistry, Health},
 };
 use crate::error::ConfigError;
 
@@ -29,7 +29,7 @@ impl Health {
 pub struct Reporter(Arc<Reporting>);
 
 struct Reporting {
-    registry: Arc<Registry>,
+    registry: Arc<CheckRegistry>,
     entry: Arc<CheckEntry>,
 }
 

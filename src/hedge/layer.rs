@@ -156,7 +156,7 @@ impl<M> HedgeLayer<M> {
 
     /// Sets the name of the layer in events. The first name that is set stays.
     pub fn name(self, name: &str) -> Self {
-        self.set(|handle| _ = handle.0.name.get_or_init(|| name.into()))
+        self.set(|handle| handle.0.name.set(name))
     }
 
     /// Returns a handle that reads the counts of the layer and changes its settings while it runs.

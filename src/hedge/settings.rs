@@ -2,10 +2,7 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -13,6 +10,7 @@ use tokio::time::Instant;
 
 use super::percentile::LatencyPercentile;
 use crate::attempt::{RetryBudget, SafeRequests, SaveRules};
+use crate::fault::NameCell;
 use crate::sync::Mutex;
 
 /// The settings and the counts of one hedge layer.
@@ -27,7 +25,7 @@ pub(crate) struct HedgeSettings {
     pub(crate) sent: AtomicU64,
     pub(crate) won: AtomicU64,
     pub(crate) denied: AtomicU64,
-    pub(crate) name: OnceLock<Arc<str>>,
+    pub(crate) name: NameCell,
 }
 
 pub(crate) enum HedgeDelay {
@@ -50,7 +48,7 @@ impl HedgeSettings {
             sent: AtomicU64::new(0),
             won: AtomicU64::new(0),
             denied: AtomicU64::new(0),
-            name: OnceLock::new(),
+            name: NameCell::default(),
         }
     }
 
@@ -66,7 +64,7 @@ impl HedgeSettings {
             max_replay_bytes: self.max_replay_bytes.load(Ordering::Relaxed).into(),
             assume_idempotent: self.assume_idempotent.load(Ordering::Relaxed).into(),
             max_hedges: self.max_hedges().into(),
-            name: self.name.clone(),
+            name: self.name.fork(),
             ..Self::new(delay, self.budget())
         }
     }
@@ -139,7 +137,7 @@ impl HedgeSettings {
 
     #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events use it.
     pub(crate) fn name(&self) -> &str {
-        self.name.get().map_or("", |name| name)
+        self.name.as_str()
     }
 
     pub(crate) fn budget(&self) -> Option<RetryBudget> {

@@ -43,7 +43,7 @@
 use std::{
     sync::{
         OnceLock,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -172,8 +172,10 @@ pub(super) struct ReaderSlots {
     chunks: [OnceLock<Box<[ReaderSlot]>>; MAX_CHUNKS],
     /// The chunk in which slots are claimed: the last one.
     last: AtomicUsize,
-    /// Whether a sweeper runs or is about to be spawned.
-    is_sweeping: AtomicBool,
+    /// The number of the sweeper that runs or is about to be spawned. 0: none.
+    sweeper: AtomicU64,
+    /// The number of the last sweeper.
+    last_sweeper: AtomicU64,
 }
 
 impl ReaderSlots {
@@ -258,12 +260,33 @@ impl ReaderSlots {
     }
 
     pub(super) fn is_sweeping(&self) -> bool {
-        self.is_sweeping.load(Ordering::SeqCst)
+        self.sweeper.load(Ordering::SeqCst) != 0
     }
 
-    /// Sets whether there is a sweeper. Returns whether there was one.
-    pub(super) fn set_sweeping(&self, on: bool) -> bool {
-        self.is_sweeping.swap(on, Ordering::SeqCst)
+    /// Returns the number of a new sweeper, unless there is a sweeper.
+    pub(super) fn begin_sweeper(&self) -> Option<u64> {
+        let number = self.last_sweeper.fetch_add(1, Ordering::Relaxed) + 1;
+        self.resume_sweeper(number).then_some(number)
+    }
+
+    /// Makes this sweeper the current one, unless there is one.
+    pub(super) fn resume_sweeper(&self, number: u64) -> bool {
+        self.sweeper.compare_exchange(0, number, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Ends this sweeper. Returns whether it was the current one.
+    pub(super) fn end_sweeper(&self, number: u64) -> bool {
+        self.sweeper.compare_exchange(number, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Returns whether this sweeper is the current one.
+    pub(super) fn is_sweeper(&self, number: u64) -> bool {
+        self.sweeper.load(Ordering::SeqCst) == number
+    }
+
+    /// Removes the sweeper, whose runtime and period are those of the previous limit. Called for a new limit.
+    pub(super) fn forget_sweeper(&self) {
+        self.sweeper.store(0, Ordering::SeqCst);
     }
 
     /// Returns whether a body in any slot has its permit.
@@ -314,7 +337,7 @@ mod tests {
     #[test]
     fn sweeper_releases_permit_of_body_that_loses_it() {
         const ROUNDS: u64 = 20_000;
-        let (slot, is_done) = (ReaderSlot::new(), AtomicBool::new(false));
+        let (slot, is_done) = (ReaderSlot::new(), std::sync::atomic::AtomicBool::new(false));
         let (lost, released) = scope(|scope| {
             let body = scope.spawn(|| {
                 let mut lost = Vec::new();

@@ -15,16 +15,18 @@
 //! maximum time once more for each whole MiB.
 //!
 //! The sweeper ends when the setting is off or no slot is held. If no sweeper runs, the next watched call spawns one.
-//! It does not end with the limit: the next owner of the slot uses it. A held reader slot belongs to a call in flight,
-//! so the owner of the slot, if there is one, is the limiter that admitted that call.
+//! It also ends if the slot has a new owner, because its runtime and its period are those of the previous one. A held
+//! reader slot belongs to a call in flight, so the owner of the slot, if there is one, is the limiter that admitted that
+//! call.
 //!
 //! # The end of the sweeper
 //!
-//! There is at most one sweeper of a slot. `is_sweeping` is set by the thread that spawns it, and cleared by the
-//! sweeper when it ends. The end and a claim are a store-buffering pair: the sweeper clears `is_sweeping` and then
-//! reads all slots; a claim writes its slot and then reads `is_sweeping`. All four operations are SeqCst, so at least
-//! one of the two observes the write of the other: the sweeper continues, or the claim spawns a new one. Weaker
-//! orderings would allow that neither does, and the body would not be watched.
+//! There is at most one current sweeper of a slot. Its number is in the word: the thread that spawns it writes the
+//! number, and the sweeper replaces it by 0 when it ends. A sweeper whose number is not in the word is no longer current
+//! and ends without a change. The end and a claim are a store-buffering pair: the sweeper clears the number and then
+//! reads all slots; a claim writes its slot and then reads the number. All four operations are SeqCst, so at least one of
+//! the two observes the write of the other: the sweeper continues, or the claim spawns a new one. Weaker orderings would
+//! allow that neither does, and the body would not be watched.
 
 use std::{thread, time::Duration};
 
@@ -58,22 +60,20 @@ pub(super) fn ensure_sweeper(slot: &Slot<Limiter>) {
 
 #[cold]
 fn spawn(slot: &Slot<Limiter>) {
-    // Without a limiter no call waits for a permit.
-    let Some(limiter) = slot.owner() else { return };
     // Outside of a runtime no sweeper is spawned; a later call may be inside of one.
     let Ok(runtime) = Handle::try_current() else { return };
-    let slot = limiter.slot();
-    if !slot.word().readers.set_sweeping(true) {
-        runtime.spawn(Sweeper { slot, observed: Vec::new(), is_done: false }.run());
+    // Also without a limiter, because the sweeper ends unread responses.
+    let slot = slot.leaked();
+    if let Some(number) = slot.word().readers.begin_sweeper() {
+        runtime.spawn(Sweeper { slot, number, observed: Vec::new() }.run());
     }
 }
 
 struct Sweeper {
     slot: &'static Slot<Limiter>,
+    number: u64,
     /// The last observation of each slot, and the instant since which it has not changed.
     observed: Vec<(SlotObservation, Instant)>,
-    /// This sweeper has cleared `is_sweeping`, which may belong to another sweeper by now.
-    is_done: bool,
 }
 
 impl Sweeper {
@@ -81,10 +81,13 @@ impl Sweeper {
         &self.slot.word().readers
     }
 
-    /// Sweeps until the setting is off or no slot is held.
+    /// Sweeps until the setting is off, no slot is held, or the sweeper is no longer current.
     async fn run(mut self) {
         while let Some(max) = self.readers().max() {
             sleep((max / 8).clamp(Duration::from_millis(1), MAX_PERIOD)).await;
+            if !self.readers().is_sweeper(self.number) {
+                return;
+            }
             let mut number_held = 0;
             for chunk in 0..MAX_CHUNKS {
                 let mut from = 0;
@@ -132,23 +135,23 @@ impl Sweeper {
         Some(held)
     }
 
-    /// Clears `is_sweeping`. Returns whether this sweeper ends; `false` if a slot is held after all.
-    fn try_end(&mut self) -> bool {
+    /// Ends the sweeper. Returns `false` if a slot is held after all, and the sweeper continues.
+    fn try_end(&self) -> bool {
         let readers = self.readers();
-        readers.set_sweeping(false);
         // Either this reads the slot of a concurrent claim, or the claim spawns a sweeper. If a slot is held, this
-        // sweeper sets `is_sweeping` again and continues, unless a new sweeper has set it meanwhile.
-        self.is_done = !readers.has_held() || readers.set_sweeping(true);
-        self.is_done
+        // sweeper becomes the current one again, unless there is a new one.
+        !readers.end_sweeper(self.number)
+            || !readers.has_held()
+            || !readers.resume_sweeper(self.number)
     }
 }
 
 impl Drop for Sweeper {
     fn drop(&mut self) {
         // The setting is off, or the runtime has dropped the task: a later call may spawn a sweeper. A sweeper that
-        // panics leaves `is_sweeping` set: the runtime has no timer, so the next one would panic, too.
-        if !self.is_done && !thread::panicking() {
-            self.readers().set_sweeping(false);
+        // panics stays the current one: the runtime has no timer, so the next one would panic, too.
+        if !thread::panicking() {
+            self.readers().end_sweeper(self.number);
         }
     }
 }

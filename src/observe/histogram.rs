@@ -22,14 +22,14 @@ pub(crate) const RETRY_BOUNDS: &[f64] = &[1.0, 2.0, 3.0, 4.0, 5.0, 10.0];
 
 /// A histogram of values that many threads record. `N` is the number of bounds plus one.
 #[derive(Debug)]
-pub(crate) struct Histogram<const N: usize> {
+pub(crate) struct FixedHistogram<const N: usize> {
     bounds: &'static [f64],
     counts: [AtomicU64; N],
     /// The sum of the values in units of 1e-9, which for times are nanoseconds.
     sum: AtomicU64,
 }
 
-impl<const N: usize> Histogram<N> {
+impl<const N: usize> FixedHistogram<N> {
     pub(crate) fn new(bounds: &'static [f64]) -> Self {
         const { assert!(N > 0) };
         debug_assert_eq!(bounds.len() + 1, N);
@@ -69,7 +69,7 @@ mod tests {
 
     #[test]
     fn value_equal_to_a_bound_is_in_its_bucket() {
-        let histogram = Histogram::<13>::new(WAIT_BOUNDS);
+        let histogram = FixedHistogram::<13>::new(WAIT_BOUNDS);
         for ms in [0, 1, 2, 250, 251, 20_000] {
             histogram.record(Duration::from_millis(ms));
         }
@@ -81,7 +81,7 @@ mod tests {
 
     #[test]
     fn numbers_are_summed() {
-        let histogram = Histogram::<7>::new(RETRY_BOUNDS);
+        let histogram = FixedHistogram::<7>::new(RETRY_BOUNDS);
         [1, 2, 2, 11].iter().for_each(|number| histogram.record_number(*number));
         assert_eq!(histogram.snapshot().counts, [1, 2, 0, 0, 0, 0, 1]);
         assert_eq!(histogram.snapshot().sum, 16.0);

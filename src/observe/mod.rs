@@ -48,6 +48,6 @@ pub use self::{
 };
 #[allow(unused_imports)]
 pub(crate) use self::{
-    histogram::{CALL_BOUNDS, Histogram, RETRY_BOUNDS, WAIT_BOUNDS},
+    histogram::{CALL_BOUNDS, FixedHistogram, RETRY_BOUNDS, WAIT_BOUNDS},
     visit::Observed,
 };

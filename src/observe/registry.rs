@@ -8,7 +8,6 @@ use std::{
 use super::{
     metric::{Metric, Value},
     metrics::{BUILD_INFO, FOLDED_SERIES},
-    text,
     visit::{Observe, Observed, Part, Visit},
 };
 use crate::{error::ConfigError, sync::Mutex};
@@ -89,18 +88,6 @@ impl Registry {
             }
         }
         to.sample(&FOLDED_SERIES, None, &[], Value::Count(0));
-    }
-
-    /// Returns the metrics in the text format of Prometheus, version 0.0.4.
-    #[must_use]
-    pub fn text(&self) -> String {
-        text::render(self, text::Format::Prometheus)
-    }
-
-    /// Returns the metrics in the text format of OpenMetrics, version 1.0.0.
-    #[must_use]
-    pub fn open_metrics(&self) -> String {
-        text::render(self, text::Format::OpenMetrics)
     }
 }
 

@@ -40,6 +40,20 @@ impl Format {
     }
 }
 
+impl Registry {
+    /// Returns the metrics in the text format of Prometheus, version 0.0.4.
+    #[must_use]
+    pub fn text(&self) -> String {
+        render(self, Format::Prometheus)
+    }
+
+    /// Returns the metrics in the text format of OpenMetrics, version 1.0.0.
+    #[must_use]
+    pub fn open_metrics(&self) -> String {
+        render(self, Format::OpenMetrics)
+    }
+}
+
 /// Returns the page. The layers are read first, so that no lock of a layer is held while the text is written.
 pub(super) fn render(registry: &Registry, format: Format) -> String {
     let mut samples = Samples::default();

@@ -116,6 +116,12 @@ impl<O: SlotOwner> Slot<O> {
         })
     }
 
+    /// Returns the slot with the lifetime of the process.
+    pub(crate) fn leaked(&self) -> &'static Self {
+        let leaked = self.registration.lock().this;
+        leaked.unwrap_or_else(|| unreachable!("set when the slot is made"))
+    }
+
     /// Registers the owner. Requires that the owner has initialised the word.
     pub(crate) fn register(&self, owner: Weak<O>) {
         self.registration.lock().owner = Some(owner);

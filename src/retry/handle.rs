@@ -60,7 +60,7 @@ impl RetryHandle {
         if attempts == 0 {
             return Err(ConfigError::new("attempts", attempts, "use 1 or more"));
         }
-        self.0.set(|policy| policy.attempts = attempts);
+        self.0.set_unchecked(|policy| policy.attempts = attempts);
         Ok(())
     }
 
@@ -71,7 +71,7 @@ impl RetryHandle {
     /// The errors of [`Backoff::check`].
     pub fn set_backoff(&self, backoff: Backoff) -> Result<(), ConfigError> {
         backoff.check()?;
-        self.0.set(|policy| policy.delays = backoff.into());
+        self.0.set_unchecked(|policy| policy.delays = backoff.into());
         Ok(())
     }
 
@@ -81,14 +81,22 @@ impl RetryHandle {
         I: Iterator<Item = Duration> + Send + 'static,
     {
         let start = Arc::new(move || Box::new(start()) as Box<_>);
-        self.0.set(|policy| policy.delays = DelaySource::Custom(start));
+        self.0.set_unchecked(|policy| policy.delays = DelaySource::Custom(start));
     }
 
     /// Sets the maximum number of retries for one kind of failure, as
     /// [`max_retries_for`](super::layer::RetryLayer::max_retries_for) does. `None` is no maximum.
-    pub fn set_max_retries_for(&self, kind: FailureKind, retries: impl Into<Option<u32>>) {
+    ///
+    /// # Errors
+    ///
+    /// The setting contradicts another one.
+    pub fn set_max_retries_for(
+        &self,
+        kind: FailureKind,
+        retries: impl Into<Option<u32>>,
+    ) -> Result<(), ConfigError> {
         let retries = retries.into();
-        self.0.set(|policy| policy.max_retries[kind as usize] = retries);
+        self.0.try_set(|policy| policy.max_retries[kind as usize] = retries)
     }
 
     /// Sets the maximum random delay above a hint, as [`hint_jitter`](super::layer::RetryLayer::hint_jitter) does.
@@ -100,31 +108,35 @@ impl RetryHandle {
         if !(0.0..=10.0).contains(&share) {
             return Err(ConfigError::new("hint_jitter", share, "use 0 to 10, such as 0.5"));
         }
-        self.0.set(|policy| policy.hint = HintMode::Above { jitter: share });
+        self.0.set_unchecked(|policy| policy.hint = HintMode::Above { jitter: share });
         Ok(())
     }
 
     /// Sets the maximum time by which a hint lengthens the delay, as
     /// [`max_hint_extension`](super::layer::RetryLayer::max_hint_extension) does.
     pub fn set_max_hint_extension(&self, max: Duration) {
-        self.0.set(|policy| policy.hint = HintMode::Within(max));
+        self.0.set_unchecked(|policy| policy.hint = HintMode::Within(max));
     }
 
     /// Sets the maximum delay before an attempt, as [`max_wait`](super::layer::RetryLayer::max_wait) does.
     pub fn set_max_wait(&self, wait: impl Into<Option<Duration>>) {
         let wait = wait.into();
-        self.0.set(|policy| policy.max_wait = wait);
+        self.0.set_unchecked(|policy| policy.max_wait = wait);
     }
 
     /// Sets the minimum time for an attempt, as [`min_attempt_time`](super::layer::RetryLayer::min_attempt_time) does.
     pub fn set_min_attempt_time(&self, time: Duration) {
-        self.0.set(|policy| policy.min_attempt_time = time);
+        self.0.set_unchecked(|policy| policy.min_attempt_time = time);
     }
 
     /// Sets whether a rejection by an inner layer is retried, as
     /// [`wait_on_rejection`](super::layer::RetryLayer::wait_on_rejection) does.
-    pub fn set_wait_on_rejection(&self, wait: bool) {
-        self.0.set(|policy| policy.wait_on_rejection = wait);
+    ///
+    /// # Errors
+    ///
+    /// The setting contradicts another one.
+    pub fn set_wait_on_rejection(&self, wait: bool) -> Result<(), ConfigError> {
+        self.0.try_set(|policy| policy.wait_on_rejection = wait)
     }
 
     /// Sets the maximum size of a saved request body, as
@@ -136,7 +148,7 @@ impl RetryHandle {
     /// Sets the maximum number of bytes that are drained from a discarded response, as
     /// [`max_drain_bytes`](super::layer::RetryLayer::max_drain_bytes) does.
     pub fn set_max_drain_bytes(&self, bytes: u64) {
-        self.0.set(|policy| policy.max_drain_bytes = bytes);
+        self.0.set_unchecked(|policy| policy.max_drain_bytes = bytes);
     }
 
     /// Sets whether every request is safe to repeat, as
@@ -144,7 +156,7 @@ impl RetryHandle {
     /// 9110 §9.2.2.
     pub fn set_assume_idempotent(&self, all: bool) {
         let safe = if all { SafeRequests::All } else { SafeRequests::Idempotent };
-        self.0.set(|policy| policy.safe_requests = safe);
+        self.0.set_unchecked(|policy| policy.safe_requests = safe);
     }
 
     // ===== HTTP: without effect on a layer with a closure that classifies =====
@@ -152,7 +164,7 @@ impl RetryHandle {
     /// Sets the methods that are safe to repeat, as [`methods`](super::layer::RetryLayer::methods) does.
     pub fn set_methods(&self, methods: impl IntoIterator<Item = Method>) {
         let methods = methods.into_iter().collect();
-        self.0.set(|policy| policy.safe_requests = SafeRequests::Methods(methods));
+        self.0.set_unchecked(|policy| policy.safe_requests = SafeRequests::Methods(methods));
     }
 
     /// Sets the maximum time of an attempt, as [`attempt_timeout`](super::layer::RetryLayer::attempt_timeout) does. It
@@ -171,13 +183,23 @@ impl RetryHandle {
     }
 
     /// Adds a failure that is retried, as [`retry_on`](super::layer::RetryLayer::retry_on) does.
-    pub fn set_retry_on(&self, failure: impl Into<Failure>) {
-        self.0.set_overrides(|overrides| overrides.set_override(failure.into(), true));
+    ///
+    /// # Errors
+    ///
+    /// The failure contradicts another setting.
+    pub fn set_retry_on(&self, failure: impl Into<Failure>) -> Result<(), ConfigError> {
+        let failure = failure.into();
+        self.0.try_set(|policy| policy.overrides.set_override(failure, true))
     }
 
     /// Adds a failure that is not retried, as [`never_on`](super::layer::RetryLayer::never_on) does.
-    pub fn set_never_on(&self, failure: impl Into<Failure>) {
-        self.0.set_overrides(|overrides| overrides.set_override(failure.into(), false));
+    ///
+    /// # Errors
+    ///
+    /// The failure contradicts another setting, such as an [`unprocessed`](super::layer::RetryLayer::unprocessed) status.
+    pub fn set_never_on(&self, failure: impl Into<Failure>) -> Result<(), ConfigError> {
+        let failure = failure.into();
+        self.0.try_set(|policy| policy.overrides.set_override(failure, false))
     }
 
     /// Sets the statuses that are retried for any method, as
@@ -185,19 +207,13 @@ impl RetryHandle {
     ///
     /// # Errors
     ///
-    /// A status is below 400.
+    /// A status is below 400, or contradicts another setting.
     pub fn set_unprocessed(
         &self,
         statuses: impl IntoIterator<Item = StatusCode>,
     ) -> Result<(), ConfigError> {
-        let statuses: Vec<_> = statuses.into_iter().collect();
-        let is_error = |status: &StatusCode| status.is_client_error() || status.is_server_error();
-        if let Some(status) = statuses.iter().find(|status| !is_error(status)) {
-            let remedy = "use statuses of 400 or more";
-            return Err(ConfigError::new("unprocessed", status.as_u16(), remedy));
-        }
-        self.0.set_overrides(|overrides| overrides.set_unprocessed(statuses));
-        Ok(())
+        let statuses = checked_unprocessed(statuses)?;
+        self.0.try_set(|policy| policy.overrides.set_unprocessed(statuses))
     }
 
     /// Sets the closure that decides after every attempt, as [`retry_if`](super::layer::RetryLayer::retry_if) does.
@@ -205,6 +221,20 @@ impl RetryHandle {
         &self,
         decide: impl Fn(&AttemptContext<'_>) -> Option<bool> + Send + Sync + 'static,
     ) {
-        self.0.set_overrides(|overrides| overrides.set_closure(Arc::new(decide)));
+        self.0.set_unchecked(|policy| policy.overrides.set_closure(Arc::new(decide)));
+    }
+}
+
+/// Returns the statuses of [`unprocessed`](super::layer::RetryLayer::unprocessed), or the error of one below 400.
+pub(super) fn checked_unprocessed(
+    statuses: impl IntoIterator<Item = StatusCode>,
+) -> Result<Vec<StatusCode>, ConfigError> {
+    let statuses: Vec<_> = statuses.into_iter().collect();
+    let is_error = |status: &StatusCode| status.is_client_error() || status.is_server_error();
+    match statuses.iter().find(|status| !is_error(status)) {
+        Some(status) => {
+            Err(ConfigError::new("unprocessed", status.as_u16(), "use statuses of 400 or more"))
+        }
+        None => Ok(statuses),
     }
 }

@@ -4,8 +4,9 @@ use http::{Method, StatusCode};
 use tower_layer::Layer;
 
 use super::{
-    handle::RetryHandle,
+    handle::{RetryHandle, checked_unprocessed},
     overrides::{AttemptContext, Failure},
+    policy::RetryPolicy,
     service::Retry,
     settings::RetrySettings,
 };
@@ -85,6 +86,11 @@ impl<M> RetryLayer<M> {
         self
     }
 
+    /// Changes settings that other setters may contradict, or make consistent again.
+    fn set_policy(self, set: impl FnOnce(&mut RetryPolicy)) -> Self {
+        self.set(|handle| handle.0.set_unchecked(set))
+    }
+
     fn try_set(mut self, set: impl FnOnce(&RetryHandle) -> Result<(), ConfigError>) -> Self {
         self.fork_if_in_use();
         self.fault.accept(set(&self.handle));
@@ -112,7 +118,7 @@ impl RetryLayer {
     /// [`Http`](crate::classify::Http)). A timeout or a broken connection is not retried, because the call may have had
     /// an effect.
     pub fn grpc() -> Self {
-        Self::http().set(|handle| handle.0.set(|policy| policy.trusts_grpc_status = true))
+        Self::http().set(|handle| handle.0.set_unchecked(|policy| policy.trusts_grpc_status = true))
     }
 }
 
@@ -136,14 +142,16 @@ impl RetryLayer {
     ///
     /// [`RetryHandle::set_retry_on`] changes it while the layer runs.
     pub fn retry_on(self, failure: impl Into<Failure>) -> Self {
-        self.set(|handle| handle.set_retry_on(failure))
+        let failure = failure.into();
+        self.set_policy(|policy| policy.overrides.set_override(failure, true))
     }
 
     /// Adds a failure that is not retried.
     ///
     /// [`RetryHandle::set_never_on`] changes it while the layer runs.
     pub fn never_on(self, failure: impl Into<Failure>) -> Self {
-        self.set(|handle| handle.set_never_on(failure))
+        let failure = failure.into();
+        self.set_policy(|policy| policy.overrides.set_override(failure, false))
     }
 
     /// Sets the statuses that are retried for any method. None by default; 429 and 529 in the preset `llm` of the
@@ -167,7 +175,11 @@ impl RetryLayer {
     ///
     /// [`RetryHandle::set_unprocessed`] changes it while the layer runs.
     pub fn unprocessed(self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
-        self.try_set(|handle| handle.set_unprocessed(statuses))
+        self.try_set(|handle| {
+            let statuses = checked_unprocessed(statuses)?;
+            handle.0.set_unchecked(|policy| policy.overrides.set_unprocessed(statuses));
+            Ok(())
+        })
     }
 
     /// Sets the methods that are safe to repeat, instead of those of RFC 9110 §9.2.2. A request with an
@@ -288,7 +300,7 @@ impl<M> RetryLayer<M> {
     ///
     /// [`RetryHandle::set_wait_on_rejection`] changes it while the layer runs.
     pub fn wait_on_rejection(self, wait: bool) -> Self {
-        self.set(|handle| handle.set_wait_on_rejection(wait))
+        self.set_policy(|policy| policy.wait_on_rejection = wait)
     }
 
     /// Sets the maximum time by which a server's hint lengthens the delay of the backoff. A longer hint is cut, instead
@@ -347,7 +359,7 @@ impl<M> RetryLayer<M> {
     ///
     /// [`RetryHandle::set_max_retries_for`] changes it while the layer runs.
     pub fn max_retries_for(self, kind: FailureKind, retries: u32) -> Self {
-        self.set(|handle| handle.set_max_retries_for(kind, retries))
+        self.set_policy(|policy| policy.max_retries[kind as usize] = Some(retries))
     }
 
     /// Sets the retry budget. [`RetryBudget::default`] by default. Pass clones of one budget to several layers to share
@@ -417,9 +429,7 @@ impl<M> RetryLayer<M> {
 
     /// Sets the name of the layer in events. The first name that is set stays.
     pub fn name(self, name: &str) -> Self {
-        self.set(|handle| {
-            handle.0.set(|policy| _ = policy.name.get_or_insert_with(|| name.into()));
-        })
+        self.set(|handle| handle.0.name.set(name))
     }
 
     /// Returns a handle that reads the counts of the layer and changes its settings while it runs.
@@ -447,8 +457,8 @@ impl<S: Clone, M: Clone> Layer<S> for RetryLayer<M> {
         let settings = self.handle.0.clone();
         settings.set_in_use();
         let mut fault = self.fault.clone();
-        if let Err(error) = settings.policy().check() {
-            fault.get_or_insert(error);
+        if fault.is_none() {
+            fault = settings.contradiction().clone();
         }
         fault.report("retry", "nothing is retried");
         let budget = settings.budget();

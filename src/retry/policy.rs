@@ -4,7 +4,7 @@
 //! [`GiveUpReason`] names the first check that fails. The caller checks the budget afterwards, so that a retry that
 //! another check prevents makes no withdrawal.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use super::overrides::{Failure, Overrides};
 use crate::{
@@ -19,7 +19,6 @@ use crate::{
 /// The settings of a retry layer that are needed only after a failed attempt.
 #[derive(Clone, Debug)]
 pub(crate) struct RetryPolicy {
-    pub(crate) name: Option<Arc<str>>,
     pub(crate) attempts: u32,
     /// The maximum number of retries for each kind of failure.
     pub(crate) max_retries: PerKind<Option<u32>>,
@@ -47,7 +46,6 @@ pub(crate) const MAX_TRANSPARENT: u32 = 5;
 impl RetryPolicy {
     pub(crate) fn new() -> Self {
         Self {
-            name: None,
             attempts: 3,
             max_retries: [None; 8],
             delays: Backoff::default().into(),
@@ -89,11 +87,6 @@ impl RetryPolicy {
             return Err(ConfigError::new("max_retries_for(FailureKind::Rejected)", limit, remedy));
         }
         Ok(())
-    }
-
-    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events use it.
-    pub(crate) fn name(&self) -> &str {
-        self.name.as_deref().unwrap_or_default()
     }
 
     /// Returns whether a retry for this outcome is transparent. `before` is the number of transparent retries that the

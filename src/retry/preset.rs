@@ -83,7 +83,7 @@ impl RetryHandle {
             RetryPreset::Grpc => (4, Backoff::grpc(), HintMode::Exact, 1),
             RetryPreset::Finagle => (3, Backoff::finagle(), above, MAX_TRANSPARENT),
         };
-        self.0.set(|policy| {
+        self.0.set_unchecked(|policy| {
             (policy.attempts, policy.delays) = (attempts, backoff.into());
             (policy.hint, policy.max_transparent) = (hint, max_transparent);
             if preset == RetryPreset::Envoy {

@@ -3,15 +3,19 @@
 use std::{
     fmt, mem,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use super::{overrides::Overrides, policy::RetryPolicy};
+use super::policy::RetryPolicy;
 use crate::attempt::{GiveUpReason, RetryBudget, SaveRules};
-use crate::sync::Mutex;
+use crate::{
+    error::ConfigError,
+    fault::{Fault, NameCell},
+    sync::Mutex,
+};
 
 /// The maximum number of transparent retries that a layer makes without a response in between.
 const MAX_TRANSPARENT_BALANCE: u32 = 200;
@@ -21,6 +25,7 @@ const TRANSPARENT_PER_RESPONSE: u32 = 5;
 
 /// The settings and the counts of one retry layer.
 pub(crate) struct RetrySettings {
+    pub(crate) name: NameCell,
     /// The layer has built a service with this state.
     in_use: AtomicBool,
     /// The maximum size of a saved request body. Separate from the policy, because every call reads it. The policy is
@@ -32,6 +37,8 @@ pub(crate) struct RetrySettings {
     /// Whether the policy has rules of the user. These rules apply to every response, also to a success. It is changed
     /// under the lock of the policy, and read without the lock by every call.
     has_overrides: AtomicBool,
+    /// See [`contradiction`](Self::contradiction).
+    contradiction: OnceLock<Fault>,
     budget: Mutex<Option<RetryBudget>>,
     /// The number of transparent retries that the layer may make until the next response.
     transparent_balance: AtomicU32,
@@ -47,11 +54,13 @@ impl RetrySettings {
 
     fn with(policy: Arc<RetryPolicy>, budget: Option<RetryBudget>) -> Self {
         Self {
+            name: NameCell::default(),
             in_use: AtomicBool::new(false),
             max_replay_bytes: AtomicU64::new(64 * 1024),
             attempt_timeout_ms: AtomicU64::new(0),
             has_overrides: AtomicBool::new(!policy.overrides.is_empty()),
             policy: Mutex::new(policy),
+            contradiction: OnceLock::new(),
             budget: Mutex::new(budget),
             transparent_balance: AtomicU32::new(MAX_TRANSPARENT_BALANCE),
             retries: AtomicU64::new(0),
@@ -62,7 +71,7 @@ impl RetrySettings {
 
     /// Returns a copy of the settings with counts of its own. The budget stays shared.
     pub(crate) fn fork(&self) -> Self {
-        let fork = Self::with(self.policy(), self.budget());
+        let fork = Self { name: self.name.fork(), ..Self::with(self.policy(), self.budget()) };
         fork.max_replay_bytes
             .store(self.max_replay_bytes.load(Ordering::Relaxed), Ordering::Relaxed);
         fork.set_attempt_timeout(self.attempt_timeout());
@@ -77,20 +86,39 @@ impl RetrySettings {
         self.in_use.store(true, Ordering::Relaxed);
     }
 
-    pub(crate) fn set(&self, set: impl FnOnce(&mut RetryPolicy)) {
-        let mut policy = self.policy.lock();
-        // A closure that `set` replaces is dropped with this policy, without the lock.
-        let before = policy.clone();
-        set(Arc::make_mut(&mut policy));
-        drop(policy);
-        drop(before);
+    /// Changes settings of which some combinations contradict each other. Keeps the settings if the new ones would.
+    pub(crate) fn try_set(&self, set: impl FnOnce(&mut RetryPolicy)) -> Result<(), ConfigError> {
+        self.change(set, RetryPolicy::check)
     }
 
-    pub(crate) fn set_overrides(&self, set: impl FnOnce(&mut Overrides)) {
-        self.set(|policy| {
-            set(&mut policy.overrides);
-            self.has_overrides.store(!policy.overrides.is_empty(), Ordering::Relaxed);
-        });
+    /// Changes settings while the layer is built. A later setter may resolve a contradiction, so `checked` and the first
+    /// service report it.
+    pub(crate) fn set_unchecked(&self, set: impl FnOnce(&mut RetryPolicy)) {
+        let _ = self.change(set, |_| Ok(()));
+    }
+
+    fn change(
+        &self,
+        set: impl FnOnce(&mut RetryPolicy),
+        check: impl FnOnce(&RetryPolicy) -> Result<(), ConfigError>,
+    ) -> Result<(), ConfigError> {
+        let mut policy = self.policy.lock();
+        let mut changed = policy.clone();
+        set(Arc::make_mut(&mut changed));
+        let checked = check(&changed);
+        if checked.is_ok() {
+            self.has_overrides.store(!changed.overrides.is_empty(), Ordering::Relaxed);
+            mem::swap(&mut *policy, &mut changed);
+        }
+        // A closure that `set` replaces is dropped with the other policy, without the lock.
+        drop(policy);
+        drop(changed);
+        checked
+    }
+
+    /// Returns the contradiction in the settings with which the layer was used first.
+    pub(crate) fn contradiction(&self) -> &Fault {
+        self.contradiction.get_or_init(|| self.policy().check().err().into())
     }
 
     #[inline]

@@ -170,7 +170,7 @@ impl<S> RetryState<S> {
                 event!(
                     retry,
                     DEBUG,
-                    resilience.name = policy.name(),
+                    resilience.name = core.settings.name.as_str(),
                     attempt = self.record.made,
                     delay_ms = plan.delay.as_millis() as u64,
                     reason = ?outcome,
@@ -190,7 +190,7 @@ impl<S> RetryState<S> {
                 event!(
                     retry,
                     DEBUG,
-                    resilience.name = policy.name(),
+                    resilience.name = core.settings.name.as_str(),
                     attempt = self.record.made,
                     reason = stop.as_str(),
                     outcome = ?outcome,

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     error::ConfigError,
     event::{RepeatedEvent, event},
-    fault::{LayerFault, LayerName},
+    fault::{LayerFault, LayerName, NameCell},
     outcome::{DropCause, LayerKind, Rejected, RejectedKind, TimeoutPhase},
     permit::{FreeSlots, OwnedSlot, SlotOwner, SlotRef},
     time::DeadlineSource,
@@ -270,7 +270,7 @@ pub(super) struct TimeoutState {
     rejected: AtomicU64,
     /// Reports of timeouts that a request carries and that cannot work.
     call_faults: OnceLock<Arc<RepeatedEvent>>,
-    label: OnceLock<Arc<LayerName>>,
+    label: NameCell,
     /// The layer has built a service.
     is_used: AtomicBool,
     slot: OwnedSlot<Self>,
@@ -288,13 +288,17 @@ impl SlotOwner for TimeoutState {
 
 impl TimeoutState {
     pub(super) fn new(timeouts: Timeouts) -> Arc<Self> {
+        Self::named(timeouts, NameCell::default())
+    }
+
+    fn named(timeouts: Timeouts, label: NameCell) -> Arc<Self> {
         let state = Arc::new(Self {
             ms: timeouts.times.0.map(AtomicU32::new),
             body_rate: SharedBodyRate::new(timeouts.body_rate),
             timed_out: Default::default(),
             rejected: AtomicU64::new(0),
             call_faults: OnceLock::new(),
-            label: OnceLock::new(),
+            label,
             is_used: AtomicBool::new(false),
             slot: OwnedSlot::allocate(),
         });
@@ -305,11 +309,7 @@ impl TimeoutState {
     /// Returns a state with the same settings and name, that no service uses.
     #[cold]
     pub(super) fn fork(&self) -> Arc<Self> {
-        let state = Self::new(self.timeouts());
-        if let Some(label) = self.label.get() {
-            let _ = state.label.set(label.clone());
-        }
-        state
+        Self::named(self.timeouts(), self.label.fork())
     }
 
     pub(super) fn is_used(&self) -> bool {
@@ -343,7 +343,7 @@ impl TimeoutState {
     }
 
     pub(super) fn name(&self, name: &str) {
-        self.label.get_or_init(|| LayerName::named(name));
+        self.label.set(name);
     }
 
     /// Returns the label of a call that carries timeouts which cannot work. All such calls share their reports.
@@ -367,7 +367,7 @@ impl TimeoutState {
 
     #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Used by events only.
     fn name_or_empty(&self) -> &str {
-        self.label.get().map_or("", |label| &label.name)
+        self.label.as_str()
     }
 }
 

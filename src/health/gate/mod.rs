@@ -61,7 +61,7 @@ use super::{
 use crate::{
     error::ConfigError,
     event::event,
-    fault::LayerName,
+    fault::{LayerName, NameCell},
     sync::{Mutex, MutexGuard},
     time::{Clock, Nanos, nanos},
     user_code::catch_panic,
@@ -85,7 +85,7 @@ pub(crate) struct Gate {
     /// Notified of every change of the state, of shadow mode, and of the set of the gate.
     changed: Arc<Notify>,
     clock: Clock,
-    label: Mutex<Option<Arc<LayerName>>>,
+    label: NameCell,
 }
 
 /// The bits of the [`ProbeState`].
@@ -177,17 +177,17 @@ impl Gate {
             prober: Mutex::new(ProberState::Idle),
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
-            label: Mutex::new(None),
+            label: NameCell::default(),
         }
     }
 
     /// Returns a gate with the settings of this one and with state of its own. It has no reporters: two gates must not
     /// report to the same check.
     pub(super) fn fork(&self) -> Self {
-        let new = Self::new();
+        let mut new = Self::new();
+        new.label = self.label.fork();
         let flags = PASSIVE | SHADOW | BACKPRESSURE;
         new.set_flag(self.word.load(Ordering::Acquire) & flags, true);
-        *new.label.lock() = self.label();
         {
             let (probing, mut forked) = (self.probing.lock(), new.probing.lock());
             forked.schedule = probing.schedule.clone();
@@ -195,8 +195,9 @@ impl Gate {
             forked.immediate_failure = probing.immediate_failure;
             forked.listeners = probing.listeners.clone();
         }
+        // The fork joins the set when it is used: a gate without a prober would count as a member that is up.
         if let Some(set) = self.fail_open.get() {
-            new.join(set);
+            let _ = new.fail_open.set(set.clone());
         }
         new
     }
@@ -210,17 +211,20 @@ impl Gate {
         // A layer may be applied for each connection, so the usual case only reads.
         if !self.is_in_use() {
             self.set_flag(IN_USE, true);
+            if let Some(set) = self.fail_open.get().cloned() {
+                self.join(&set);
+            }
         }
     }
 
     // ===== Settings =====
 
     pub(super) fn set_name(&self, name: &str) {
-        *self.label.lock() = Some(LayerName::named(name));
+        self.label.set(name);
     }
 
     fn label(&self) -> Option<Arc<LayerName>> {
-        self.label.lock().clone()
+        self.label.get().cloned()
     }
 
     /// Reads or changes the settings and results of the prober, under the lock. A changed setting applies to the next
@@ -294,9 +298,7 @@ impl Gate {
     /// Adds a reporter, and sets its check to the current state. The name of the check becomes the name of the gate,
     /// unless the gate has one.
     pub(super) fn report_to(&self, reporter: Reporter) {
-        if self.label().is_none() {
-            self.set_name(reporter.name());
-        }
+        self.label.set_default(reporter.name());
         self.with(|probing| probing.reporters.push(reporter.clone()));
         loop {
             let state = self.state();

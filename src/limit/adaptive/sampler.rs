@@ -98,7 +98,8 @@ impl Sampler {
         let copy = catch_panic(|| state.algorithm.clone_boxed());
         drop(state);
         self.report_panic(copy.is_none());
-        let copy = Self::with(copy?);
+        // The state of the algorithm contains times of this clock.
+        let copy = Self { clock: self.clock, ..Self::with(copy?) };
         copy.set_until_body_end(self.measures() == Measures::Body);
         copy.set_count_cancelled_after(self.count_cancelled_after());
         Some(copy)

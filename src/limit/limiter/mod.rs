@@ -100,7 +100,6 @@ mod word;
 
 use std::{
     fmt,
-    sync::{Arc, OnceLock},
     task::{Context, Waker},
     time::Duration,
 };
@@ -117,7 +116,7 @@ use super::{
 };
 use crate::{
     event::event,
-    fault::LayerName,
+    fault::NameCell,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
     permit::{FreeSlots, Slot, SlotOwner, Token},
     sync::modelled::{
@@ -147,7 +146,7 @@ pub(crate) struct Limiter {
     /// The number of exempt `Watch` streams of `grpc.health.v1` in flight.
     health_watches: AtomicU32,
     counters: LimitCounters,
-    label: OnceLock<Arc<LayerName>>,
+    label: NameCell,
     /// Whether a layer has built a service with this limiter.
     is_in_use: AtomicBool,
 }
@@ -209,7 +208,7 @@ impl Limiter {
             health_checks: AtomicU32::new(0),
             health_watches: AtomicU32::new(0),
             counters: LimitCounters::default(),
-            label: OnceLock::new(),
+            label: NameCell::default(),
             is_in_use: AtomicBool::new(false),
         }
     }
@@ -424,8 +423,7 @@ impl Limiter {
 
     /// Rejects a call. In shadow mode, admits it without a permit instead, and counts it.
     pub(super) fn reject(&self, kind: RejectedKind) -> Result<Token, Rejected> {
-        let label = self.label.get();
-        let _name = label.map_or("", |label| &*label.name);
+        let (label, _name) = (self.label.get(), self.label.as_str());
         if !self.is_shadow() {
             event!(limit, DEBUG, resilience.name = _name, reason = kind.as_str(), "call rejected");
             return Err(self.rejection(kind).labelled(label.cloned()));
@@ -464,7 +462,7 @@ impl Limiter {
     /// Releases the permit of an unread response.
     pub(super) fn release_unread(&self, token: Token) {
         self.counters.unread.fetch_add(1, Ordering::Relaxed);
-        let _name = self.label.get().map_or("", |label| &*label.name);
+        let _name = self.label.as_str();
         event!(
             limit,
             DEBUG,

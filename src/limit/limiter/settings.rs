@@ -78,7 +78,7 @@ impl Limiter {
 
     /// Sets the name in rejections and events. Only the first name takes effect, because it is read without a lock.
     pub(crate) fn set_name(&self, name: &str) {
-        let _ = self.label.set(LayerName::named(name));
+        self.label.set(name);
     }
 
     // ===== Services of several clones of a layer =====
@@ -101,7 +101,8 @@ impl Limiter {
             Some(adaptive) => Some(adaptive.fork()?),
             None => None,
         };
-        let fork = Self::new(self.limit(), adaptive);
+        let mut fork = Self::new(self.limit(), adaptive);
+        fork.label = self.label.fork();
         fork.set_queue(self.max_queue.load(Ordering::Relaxed), self.max_wait());
         fork.set_retry_after(self.retry_after());
         fork.set_shadow(self.is_shadow());
@@ -110,9 +111,6 @@ impl Limiter {
         fork.set_max_unread(self.word().readers.max());
         *fork.lock() = self.lock().fork();
         fork.is_partitioned.store(self.is_partitioned.load(Ordering::Relaxed), Ordering::Relaxed);
-        if let Some(label) = self.label.get() {
-            let _ = fork.label.set(label.clone());
-        }
         Some(fork)
     }
 

@@ -66,6 +66,7 @@ impl LimitWord {
         self.counts.store(0, Ordering::Relaxed);
         self.set_release_at_head(false);
         self.readers.set_max(None);
+        self.readers.forget_sweeper();
     }
 
     pub(crate) fn set_release_at_head(&self, on: bool) {

@@ -124,11 +124,11 @@ async fn the_balance_of_transparent_retries_has_a_maximum_of_two_hundred() {
 async fn a_transparent_retry_that_another_rule_declines_does_not_change_the_balance() {
     let layer = layer(&purse(9)).attempts(1);
     let stale = housekeeping(Reason::StaleConnection);
-    layer.handle().set_max_retries_for(FailureKind::Read, 0);
+    layer.handle().set_max_retries_for(FailureKind::Read, 0).unwrap();
     for _ in 0..300 {
         assert_eq!(call(layer.clone(), vec![stale]).await, (false, 1));
     }
-    layer.handle().set_max_retries_for(FailureKind::Read, None);
+    layer.handle().set_max_retries_for(FailureKind::Read, None).unwrap();
     assert_eq!(call(layer, vec![stale]).await, (false, 6));
 }
 
