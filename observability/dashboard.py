@@ -109,10 +109,10 @@ def series(title, width, unit, description, *queries, stack=False, max_value=Non
     )  # fmt: skip
 
 
-def dashed(name: str, color: str) -> dict:
-    """Draws a series as a dashed line: a bound beside the values."""
+def dashed(pattern: str, color: str) -> dict:
+    """Draws the series whose legend matches as a dashed line: a bound beside the values."""
     return {
-        "matcher": {"id": "byRegexp", "options": f"/{name}/"},
+        "matcher": {"id": "byRegexp", "options": f"/{pattern}/"},
         "properties": [
             {"id": "custom.lineStyle", "value": {"fill": "dash", "dash": [8, 8]}},
             {"id": "custom.fillOpacity", "value": 0},
@@ -182,7 +182,7 @@ def circuits_table(width: int) -> dict:
             **more,
         ),
     ]
-    names = {"Value #A": "now", "Value #B": "open for another", "Value #C": "trips in 1 h"}
+    names = {"Value #B": "open for another", "Value #C": "trips in 1 h"}
     transformations = [
         {"id": "merge", "options": {}},
         {
@@ -224,7 +224,7 @@ def rows() -> list[tuple[str, list[dict]]]:
             series("Errors against the SLO", 8, "percentunit",
                 "The share of failed and rejected calls, and the maximum that the SLO permits. Normal: below the dashed line.",
                 query(error_ratio("$__rate_interval")), query(f"vector({MAX_ERRORS})", "maximum of the SLO"),
-                overrides=[dashed("maximum", RED)]),
+                overrides=[dashed("^maximum of the SLO$", RED)]),
             stat("Burn rate of 1 h", 4, "none",
                 "How fast the error budget of 30 days is used. Normal: below 1. At 14.4, an hour uses 2 % of the budget.",
                 steps((None, GREEN), (1, YELLOW), (14.4, RED)), query(f"{error_ratio('1h')} / {MAX_ERRORS}")),
@@ -304,22 +304,22 @@ def rows() -> list[tuple[str, list[dict]]]:
             series("Recovered share", 8, "percentunit",
                 "The share of failed calls that succeeded after a retry. Normal: above 80 %. No value without failures.",
                 query(ratio(recoveries, f"{recoveries} + {rate(layer('retry_declined_total'))}")), max_value=1),
-            series("Retry budget", 6, "short",
+            series("Retry budget", 8, "short",
                 "The balance of the retry budget, and its maximum. Normal: at the maximum. At 0, no call is retried. Empty without a "
                 "budget.",
                 query(f"sum by (name) ({layer('retry_budget_remaining')})", "{{name}} balance"),
-                query(f"sum by (name) ({layer('retry_budget_limit')})", "{{name}} maximum"), overrides=[dashed("maximum", GRAY)]),
-            series("Delay between attempts", 6, "s",
+                query(f"sum by (name) ({layer('retry_budget_limit')})", "{{name}} maximum"), overrides=[dashed(" maximum$", GRAY)]),
+            series("Delay between attempts", 8, "s",
                 "The 99th percentile of the time of a retried call without an attempt in flight. Normal: the backoff that is set.",
                 query(quantile(0.99, "retry_delay_seconds"))),
-            heatmap("Retries per retried call", 6, "short",
+            heatmap("Retries per retried call", 8, "short",
                 "The number of retries of calls that were retried. Normal: nearly all need one.",
                 layer("retry_call_retries_bucket")),
-            series("Hedges", 6, "reqps",
+            series("Hedges", 12, "reqps",
                 "Hedge attempts, those whose response was used, and those that were due but not sent. Normal: 1 % to 5 % of the calls.",
                 query(hedges, "{{name}} sent"), query(rate(layer("hedge_wins_total")), "{{name}} won"),
                 query(rate(layer("hedge_declined_total"), "name, reason"), "{{name}} not sent: {{reason}}")),
-            series("Hedge delay", 24, "s",
+            series("Hedge delay", 12, "s",
                 "The time after which a hedge attempt is sent. Normal: near the 95th percentile of the calls.",
                 query(f"max by (name) ({layer('hedge_delay_seconds')})")),
         ]),
@@ -327,11 +327,11 @@ def rows() -> list[tuple[str, list[dict]]]:
             series("Permits in use", 8, "short",
                 "Calls in flight, and the limit, summed over instances. Normal: below 90 % of the limit.",
                 query(f"sum by (name) ({layer('concurrency_usage')})", "{{name}} in use"),
-                query(f"sum by (name) ({layer('concurrency_limit')})", "{{name}} limit"), overrides=[dashed("limit", RED)]),
+                query(f"sum by (name) ({layer('concurrency_limit')})", "{{name}} limit"), overrides=[dashed(" limit$", RED)]),
             series("Queue depth", 8, "short",
                 "Calls that wait for a permit, and the maximum. Normal: 0 with short peaks.",
                 query(f"sum by (name, layer) ({layer('queue_depth')})", "{{name}} {{layer}} waiting"),
-                query(f"sum by (name, layer) ({layer('queue_limit')})", "{{name}} {{layer}} maximum"), overrides=[dashed("maximum", RED)]),
+                query(f"sum by (name, layer) ({layer('queue_limit')})", "{{name}} {{layer}} maximum"), overrides=[dashed(" maximum$", RED)]),
             series("Time in the queue", 8, "s",
                 "Percentiles over the calls that waited. Normal: milliseconds. Calls that need not wait are not counted.",
                 *[query(quantile(share, "queue_wait_duration_seconds", "name, layer"), f"{{{{name}}}} {{{{layer}}}} p{share * 100:g}") for share in (0.5, 0.99)]),
@@ -350,7 +350,7 @@ def rows() -> list[tuple[str, list[dict]]]:
                 "Open connections, and their limits. Normal: some idle connections, and a total below the limit.",
                 query(f"sum by (name, state) ({layer('connection_count')})", "{{name}} {{state}}"),
                 query(f"sum by (name, scope) ({layer('connection_limit')})", "{{name}} limit: {{scope}}"),
-                stack=True, overrides=[dashed("limit", RED)]),
+                stack=True, overrides=[dashed(" limit: ", RED)]),
             series("Opened and closed connections", 8, "ops",
                 "Connections that were opened, and closed by reason. Normal: few, most of them closed for their age.",
                 query(opened, "{{name}} opened"),
