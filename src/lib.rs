@@ -106,7 +106,8 @@
 //! | the response | the same, in its extensions: `response.extensions().get::<Rejected>()`, [`Attempts::of`] |
 //! | a server's client | the status, `Retry-After`, and `reason` in the problem document; no internal state |
 //! | the log (`buttress=debug`, or one of the targets below) | an event for each decision, with `resilience.name` and `reason`; DEBUG for calls, INFO and WARN for state changes, ERROR for invalid settings |
-//! | a handle's `snapshot()` | the counts since the start and the current state, for metrics of any kind: read it when the metrics are scraped, as the `metrics` example does |
+//! | `/metrics` (feature `observe`) | the counts since the start and the current state of every layer that a [`Registry`](observe::Registry) watches |
+//! | a handle's `snapshot()` | the same of one layer, for code |
 //!
 //! The targets of the events are `buttress::breaker`, `buttress::retry`, `buttress::hedge`, `buttress::limit`,
 //! `buttress::health`, `buttress::timeout`, `buttress::connect`, `buttress::listener` and `buttress::lifecycle`;
@@ -235,6 +236,7 @@
 //! | `rustls` | | TLS for that client, and for the server of `serve` |
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
 //! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; `buttress::client` needs `connect` too, `buttress::grpc` needs `tonic` |
+//! | `observe` | | a [registry](observe) of layers, which serves their metrics in the text formats of Prometheus and OpenMetrics |
 //! | `tower` | | [`ServiceBuilderExt`]: `.retries(…)`, `.circuit_breaker(…)` and the other layers as methods of tower's `ServiceBuilder` |
 //! | `tower-http` | | classification by a classifier of `tower_http::classify` |
 //! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; a rejection has a `tonic::Status` as its source; `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |
