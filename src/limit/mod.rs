@@ -172,6 +172,8 @@ mod check;
 mod handle;
 mod layer;
 mod limiter;
+#[cfg(feature = "observe")]
+mod observe;
 pub mod partition;
 mod policy;
 mod queue;
@@ -181,6 +183,7 @@ mod sweeper;
 mod tag;
 mod upgrade;
 mod wait;
+mod wait_times;
 
 pub use self::{
     handle::{ConcurrencyLimitHandle, ConcurrencyLimitSnapshot},

@@ -42,7 +42,10 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::partition::{PartitionIndex, Priority, PriorityThreshold, Shares};
+use super::{
+    partition::{PartitionIndex, Priority, PriorityThreshold, Shares},
+    wait_times::{WaitResult, WaitTimes},
+};
 use crate::time::RecentLatency;
 
 /// A queue entry: the index of its queue and its number. Numbers increase with each entry and are never reused.
@@ -73,6 +76,8 @@ struct QueuedCall {
     waker: Option<Waker>,
     since: Instant,
     priority: Priority,
+    /// Its wait has ended by a timeout and is recorded. Its owner removes the entry next.
+    has_timed_out: bool,
 }
 
 /// The state of a queue entry.
@@ -111,6 +116,7 @@ pub(super) struct Queue {
     pub(super) shares: Shares,
     pub(super) threshold: Option<PriorityThreshold>,
     pub(super) waits: RecentLatency,
+    pub(super) wait_times: WaitTimes,
 }
 
 impl Default for Queue {
@@ -125,6 +131,7 @@ impl Default for Queue {
             shares: Shares::default(),
             threshold: None,
             waits: RecentLatency::default(),
+            wait_times: WaitTimes::default(),
         }
     }
 }
@@ -171,7 +178,8 @@ impl Queue {
         if self.threshold.is_some() {
             self.ranks.insert((index, priority, Reverse(number)));
         }
-        self.queue(index).insert(number, QueuedCall { waker: None, since: now, priority });
+        let call = QueuedCall { waker: None, since: now, priority, has_timed_out: false };
+        self.queue(index).insert(number, call);
         (index, number)
     }
 
@@ -181,6 +189,7 @@ impl Queue {
         &mut self,
         index: PartitionIndex,
         priority: Priority,
+        now: Instant,
     ) -> Option<Option<Waker>> {
         let first = (index, Priority::new(0), Reverse(u64::MAX));
         let (found, min_priority, Reverse(number)) = *self.ranks.range(first..).next()?;
@@ -189,6 +198,7 @@ impl Queue {
         }
         let call = self.remove((index, number))?;
         self.displaced.insert(number);
+        self.record_end(&call, WaitResult::Rejected, now);
         Some(call.waker)
     }
 
@@ -229,9 +239,17 @@ impl Queue {
         (Position::Queued, registered)
     }
 
-    /// Ends the ownership of an entry. Returns its last state, and the waker of an entry that waited.
-    pub(super) fn leave(&mut self, entry: EntryId) -> (Position, Option<Waker>) {
+    /// Ends the ownership of an entry. Returns its last state, and the waker of an entry that waited. `now` is called
+    /// only for an entry whose caller has abandoned its wait.
+    pub(super) fn leave(
+        &mut self,
+        entry: EntryId,
+        now: impl FnOnce() -> Instant,
+    ) -> (Position, Option<Waker>) {
         if let Some(call) = self.remove(entry) {
+            if !call.has_timed_out {
+                self.record_end(&call, WaitResult::Abandoned, now());
+            }
             return (Position::Queued, call.waker);
         }
         (
@@ -289,6 +307,7 @@ impl Queue {
         self.record_admission(index);
         let call = self.remove((index, number?))?;
         self.waits.record(now.saturating_duration_since(call.since), now);
+        self.record_end(&call, WaitResult::Admitted, now);
         call.waker
     }
 
@@ -302,9 +321,17 @@ impl Queue {
 
     /// Records the waiting time of an entry that is rejected because its maximum wait or its deadline has passed.
     pub(super) fn record_wait(&mut self, (index, number): EntryId, now: Instant) {
-        if let Some(call) = self.queue(index).get(&number) {
-            let waited = now.saturating_duration_since(call.since);
-            self.waits.record(waited, now);
+        let Some(call) = self.queue(index).get_mut(&number) else { return };
+        call.has_timed_out = true;
+        let waited = now.saturating_duration_since(call.since);
+        self.waits.record(waited, now);
+        self.wait_times.record(WaitResult::Rejected, waited);
+    }
+
+    /// Records the end of a wait for the metrics, unless it has been recorded at its timeout.
+    fn record_end(&self, call: &QueuedCall, result: WaitResult, now: Instant) {
+        if !call.has_timed_out {
+            self.wait_times.record(result, now.saturating_duration_since(call.since));
         }
     }
 

@@ -1,5 +1,7 @@
 //! The references of layers, services, handles, waiting calls and permits to a limiter.
 
+#[cfg(feature = "observe")]
+use std::sync::Weak;
 use std::{ops::Deref, sync::Arc};
 
 use super::{adaptive::Sampler, limiter::Limiter, tag::NEEDS_LIMITER};
@@ -25,6 +27,12 @@ impl SharedLimiter {
         let limiter = ShardedArc::new(limiter);
         limiter.slot().register(Arc::downgrade(limiter.state()));
         Self(limiter)
+    }
+
+    /// Returns a reference that does not keep the limiter alive.
+    #[cfg(feature = "observe")]
+    pub(super) fn downgrade(&self) -> Weak<Limiter> {
+        Arc::downgrade(self.0.state())
     }
 
     /// Returns the permit of an admitted call.

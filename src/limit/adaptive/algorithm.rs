@@ -98,6 +98,25 @@ pub enum ChangeReason {
 }
 
 impl ChangeReason {
+    /// The values of the label of a metric. All reasons of algorithms of applications are `other`, so that the set is
+    /// closed.
+    pub(in crate::limit) const LABELS: [&'static str; 8] =
+        ["dropped", "queued", "headroom", "slower", "drain", "drained", "by_hand", "other"];
+
+    /// Returns the index of the reason in [`LABELS`](Self::LABELS).
+    pub(super) const fn index(&self) -> usize {
+        match self {
+            Self::Dropped => 0,
+            Self::Queued => 1,
+            Self::Headroom => 2,
+            Self::Slower => 3,
+            Self::Drain => 4,
+            Self::Drained => 5,
+            Self::ByHand => 6,
+            Self::Other(_) => 7,
+        }
+    }
+
     /// Returns the reason in `snake_case`, as in events and metrics.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {

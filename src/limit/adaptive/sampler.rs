@@ -52,6 +52,15 @@ impl<A: Algorithm + Clone> CloneAlgorithm for A {
 struct SamplerState {
     algorithm: Box<dyn CloneAlgorithm>,
     last_change: Option<LimitChange>,
+    /// The number of changes by reason, in the order of [`ChangeReason::LABELS`].
+    changes: [u64; ChangeReason::LABELS.len()],
+}
+
+impl SamplerState {
+    fn record_change(&mut self, change: LimitChange) {
+        self.last_change = Some(change);
+        self.changes[change.reason.index()] += 1;
+    }
 }
 
 /// The tag of a call that has been recorded, or that is not to be recorded.
@@ -63,7 +72,7 @@ impl Sampler {
     }
 
     fn with(algorithm: Box<dyn CloneAlgorithm>) -> Self {
-        let state = SamplerState { algorithm, last_change: None };
+        let state = SamplerState { algorithm, last_change: None, changes: Default::default() };
         Self {
             clock: Clock::new(),
             measures_body: AtomicBool::new(false),
@@ -109,6 +118,12 @@ impl Sampler {
         self.lock().last_change
     }
 
+    /// Returns the number of changes by reason, in the order of [`ChangeReason::LABELS`].
+    #[cfg(feature = "observe")]
+    pub(in crate::limit) fn changes(&self) -> [u64; ChangeReason::LABELS.len()] {
+        self.lock().changes
+    }
+
     /// Sets the limit, or the nearest one that the algorithm allows. `apply` runs before another thread can change the
     /// limit. Returns `None` if the algorithm panicked: then the limit keeps its value.
     pub(in crate::limit) fn set_limit(&self, limit: u32, apply: impl FnOnce(u32)) -> Option<()> {
@@ -119,7 +134,7 @@ impl Sampler {
             algorithm.limit().max(1)
         });
         if let Some(limit) = set {
-            state.last_change = Some(LimitChange { limit, reason: ChangeReason::ByHand });
+            state.record_change(LimitChange { limit, reason: ChangeReason::ByHand });
             apply(limit);
         }
         drop(state);
@@ -143,7 +158,7 @@ impl Sampler {
             (has_any, (limit != before).then_some(limit))
         });
         if let Some((_, Some(limit))) = set {
-            state.last_change = Some(LimitChange { limit, reason: ChangeReason::ByHand });
+            state.record_change(LimitChange { limit, reason: ChangeReason::ByHand });
             apply(limit);
         }
         drop(state);
@@ -222,7 +237,7 @@ impl Sampler {
         // The call may end while its thread unwinds, where a panic that is not caught aborts the process.
         let result = catch_panic(|| algorithm.on_sample(&sample));
         if let Some(Some(change)) = result {
-            state.last_change = Some(change);
+            state.record_change(change);
             apply(change.limit.max(1));
         }
         drop(state);

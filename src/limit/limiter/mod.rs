@@ -239,7 +239,7 @@ impl Limiter {
     }
 
     /// Returns the maximum length of the queue. It is 0 in shadow mode, in which no call waits.
-    fn max_queue(&self) -> u32 {
+    pub(in crate::limit) fn max_queue(&self) -> u32 {
         if self.is_shadow() { 0 } else { self.max_queue.load(Ordering::Relaxed) }
     }
 
@@ -313,7 +313,7 @@ impl Limiter {
     /// Removes a queue entry, or releases the permit that it has received.
     pub(super) fn leave_queue(&self, entry: EntryId) {
         let mut queue = self.lock();
-        let (position, waker) = queue.leave(entry);
+        let (position, waker) = queue.leave(entry, Instant::now);
         match position {
             Position::Queued => self.word().remove_waiting(),
             Position::Granted => queue.shares.record_release(entry.0),

@@ -125,7 +125,7 @@ impl Limiter {
             let has_room = queue.shares.can_enter(index, limit, counts.in_flight(), now);
             if !has_room && (counts.waiting() >= max_queue || limit == 0) {
                 let displaced =
-                    if max_queue > 0 { queue.displace(index, class.priority) } else { None };
+                    if max_queue > 0 { queue.displace(index, class.priority, now) } else { None };
                 if let Some(waker) = displaced {
                     // One entry replaces another, so the waiting count of the word stays as it is.
                     let entry = queue.join(index, class.priority, now);

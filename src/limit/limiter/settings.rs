@@ -4,6 +4,8 @@ use std::ops::RangeInclusive;
 
 use super::*;
 use crate::limit::queue::QueueOrder;
+#[cfg(feature = "observe")]
+use crate::observe::HistogramSnapshot;
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
@@ -137,6 +139,18 @@ impl Limiter {
     /// Returns the time that this share of the recent waits did not exceed. `None` if no call waited.
     pub(crate) fn wait(&self, share: f64) -> Option<Duration> {
         self.lock().waits.percentile(share, Instant::now())
+    }
+
+    /// Returns the times that calls have waited in the queue, by result.
+    #[cfg(feature = "observe")]
+    pub(crate) fn wait_times(&self) -> [(&'static str, HistogramSnapshot); 3] {
+        self.lock().wait_times.snapshots()
+    }
+
+    /// Returns the name of the limit, or an empty one.
+    #[cfg(feature = "observe")]
+    pub(crate) fn name(&self) -> &str {
+        self.label.as_str()
     }
 
     /// Returns the number of rejections of this kind.

@@ -1,0 +1,55 @@
+//! The times that calls have waited in a queue, for metrics. Without the feature `observe`, nothing is recorded.
+
+use std::time::Duration;
+
+#[cfg(feature = "observe")]
+use crate::observe::{FixedHistogram, HistogramSnapshot, WAIT_BOUNDS};
+
+/// The end of a wait.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum WaitResult {
+    /// The call received a permit.
+    Admitted,
+    /// The maximum wait or the deadline passed, or a call of higher priority displaced the entry.
+    Rejected,
+    /// The caller dropped the call.
+    Abandoned,
+}
+
+/// The waits that have ended, by result. In a box, so that they do not separate the fields that admissions use.
+#[derive(Debug)]
+pub(super) struct WaitTimes(
+    #[cfg(feature = "observe")] Box<[FixedHistogram<{ WAIT_BOUNDS.len() + 1 }>; 3]>,
+);
+
+#[cfg(feature = "observe")]
+impl Default for WaitTimes {
+    fn default() -> Self {
+        Self(Box::new(std::array::from_fn(|_| FixedHistogram::new(WAIT_BOUNDS))))
+    }
+}
+
+#[cfg(feature = "observe")]
+impl WaitTimes {
+    pub(super) fn record(&self, result: WaitResult, time: Duration) {
+        self.0[result as usize].record(time);
+    }
+
+    /// Returns the waits of each result.
+    pub(super) fn snapshots(&self) -> [(&'static str, HistogramSnapshot); 3] {
+        let [admitted, rejected, abandoned] = self.0.each_ref().map(FixedHistogram::snapshot);
+        [("admitted", admitted), ("rejected", rejected), ("abandoned", abandoned)]
+    }
+}
+
+#[cfg(not(feature = "observe"))]
+impl Default for WaitTimes {
+    fn default() -> Self {
+        Self()
+    }
+}
+
+#[cfg(not(feature = "observe"))]
+impl WaitTimes {
+    pub(super) fn record(&self, _: WaitResult, _: Duration) {}
+}
