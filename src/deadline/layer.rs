@@ -43,7 +43,7 @@ impl DeadlineLayer {
     /// Creates a layer that uses the deadline in the extensions of a request or the `grpc-timeout` of a gRPC request,
     /// whichever is earlier.
     pub fn new() -> Self {
-        let timeout = TimeoutLayer::new(Timeouts::new()).as_is().by(LayerKind::Deadline);
+        let timeout = TimeoutLayer::new_by(LayerKind::Deadline, Timeouts::new()).as_is();
         Self { times: Arc::default(), codec: None, timeout, fault: Fault::default() }
     }
 }

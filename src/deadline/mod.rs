@@ -125,6 +125,8 @@
 mod codec;
 mod handle;
 mod layer;
+#[cfg(feature = "observe")]
+mod observe;
 mod propagate;
 
 pub use self::{

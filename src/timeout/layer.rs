@@ -36,8 +36,13 @@ pub struct TimeoutLayer<M = Http, R = AsError> {
 impl TimeoutLayer {
     /// Creates a layer with these timeouts. A phase that they do not set has no timeout.
     pub fn new(timeouts: Timeouts) -> Self {
-        let state = TimeoutState::new(timeouts);
-        let (slot, by) = (state.slot(), LayerKind::Timeout);
+        Self::new_by(LayerKind::Timeout, timeouts)
+    }
+
+    /// Creates a layer whose rejections and metrics name this layer.
+    pub(crate) fn new_by(by: LayerKind, timeouts: Timeouts) -> Self {
+        let state = TimeoutState::new(by, timeouts);
+        let slot = state.slot();
         let fault = timeouts.check().err().into();
         Self { state, slot, by, protocol: Http, reject: AsError, fault }
     }
@@ -63,7 +68,7 @@ impl TimeoutLayer<AsIs> {
     /// its body is axum's or tonic's (features `axum`, `tonic`). For other bodies it begins with the call, so
     /// long uploads need a longer timeout.
     pub fn server() -> Self {
-        TimeoutLayer::new(Timeouts::server()).as_is().by(LayerKind::ServerTimeout)
+        TimeoutLayer::new_by(LayerKind::ServerTimeout, Timeouts::server()).as_is()
     }
 }
 
@@ -245,12 +250,6 @@ impl<M, R> TimeoutLayer<M, R> {
     /// The [`ConfigError`] names the field, the value and the remedy.
     pub fn checked(mut self) -> Result<Self, ConfigError> {
         self.fault.take().map_or(Ok(self), Err)
-    }
-
-    /// Sets the layer that rejections name.
-    pub(crate) fn by(mut self, by: LayerKind) -> Self {
-        self.by = by;
-        self
     }
 
     fn with_protocol<N>(self, protocol: N) -> TimeoutLayer<N, R> {

@@ -186,6 +186,8 @@ mod body_rate;
 mod idle;
 mod known_bodies;
 mod layer;
+#[cfg(feature = "observe")]
+mod observe;
 mod phase_times;
 mod protocol;
 mod service;

@@ -268,6 +268,9 @@ pub(super) struct TimeoutState {
     body_rate: SharedBodyRate,
     timed_out: [AtomicU64; 10],
     rejected: AtomicU64,
+    /// The layer that rejections and metrics name.
+    #[cfg_attr(not(feature = "observe"), allow(dead_code))] // Used by metrics only.
+    pub(super) by: LayerKind,
     /// Reports of timeouts that a request carries and that cannot work.
     call_faults: OnceLock<Arc<RepeatedEvent>>,
     label: NameCell,
@@ -287,16 +290,17 @@ impl SlotOwner for TimeoutState {
 }
 
 impl TimeoutState {
-    pub(super) fn new(timeouts: Timeouts) -> Arc<Self> {
-        Self::named(timeouts, NameCell::default())
+    pub(super) fn new(by: LayerKind, timeouts: Timeouts) -> Arc<Self> {
+        Self::named(by, timeouts, NameCell::default())
     }
 
-    fn named(timeouts: Timeouts, label: NameCell) -> Arc<Self> {
+    fn named(by: LayerKind, timeouts: Timeouts, label: NameCell) -> Arc<Self> {
         let state = Arc::new(Self {
             ms: timeouts.times.0.map(AtomicU32::new),
             body_rate: SharedBodyRate::new(timeouts.body_rate),
             timed_out: Default::default(),
             rejected: AtomicU64::new(0),
+            by,
             call_faults: OnceLock::new(),
             label,
             is_used: AtomicBool::new(false),
@@ -309,7 +313,7 @@ impl TimeoutState {
     /// Returns a state with the same settings and name, that no service uses.
     #[cold]
     pub(super) fn fork(&self) -> Arc<Self> {
-        Self::named(self.timeouts(), self.label.fork())
+        Self::named(self.by, self.timeouts(), self.label.fork())
     }
 
     pub(super) fn is_used(&self) -> bool {
@@ -342,6 +346,12 @@ impl TimeoutState {
         self.body_rate.set(timeouts.body_rate);
     }
 
+    /// Returns the number of calls that were rejected because their deadline had passed before they began, and of those
+    /// that timed out in each phase, in the order of [`TimeoutPhase::ALL`].
+    pub(super) fn counts(&self) -> (u64, [u64; TimeoutPhase::ALL.len()]) {
+        (self.rejected.load(Relaxed), self.timed_out.each_ref().map(|count| count.load(Relaxed)))
+    }
+
     pub(super) fn name(&self, name: &str) {
         self.label.set(name);
     }
@@ -365,8 +375,8 @@ impl TimeoutState {
         Rejected::by(by, RejectedKind::DeadlinePassed).labelled(self.label.get().cloned())
     }
 
-    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Used by events only.
-    fn name_or_empty(&self) -> &str {
+    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Used by events and metrics only.
+    pub(super) fn name_or_empty(&self) -> &str {
         self.label.as_str()
     }
 }
@@ -462,11 +472,8 @@ impl TimeoutHandle {
     /// Returns a snapshot of the layer.
     #[must_use]
     pub fn snapshot(&self) -> TimeoutSnapshot {
-        TimeoutSnapshot {
-            timeouts: self.0.timeouts(),
-            rejected_deadline: self.0.rejected.load(Relaxed),
-            timed_out: std::array::from_fn(|phase| self.0.timed_out[phase].load(Relaxed)),
-        }
+        let (rejected_deadline, timed_out) = self.0.counts();
+        TimeoutSnapshot { timeouts: self.0.timeouts(), rejected_deadline, timed_out }
     }
 
     /// Sets several timeouts for the calls that begin from now on. Phases that `timeouts` does not set stay the same.
