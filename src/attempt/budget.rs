@@ -103,6 +103,12 @@ impl RetryBudget {
         in_retries(self.bucket.balance.load(Ordering::Relaxed))
     }
 
+    /// Returns the maximum of [`balance`](Self::balance).
+    #[cfg(feature = "observe")]
+    pub(crate) fn max_balance(&self) -> f64 {
+        in_retries(self.bucket.cap)
+    }
+
     /// Returns the number of retries that the budget has denied, in all layers that share it.
     #[must_use]
     pub fn denied(&self) -> u64 {

@@ -41,6 +41,26 @@ pub enum GiveUpReason {
 }
 
 impl GiveUpReason {
+    /// All reasons, in the order of their declaration.
+    pub(crate) const ALL: [Self; 16] = [
+        Self::Responded,
+        Self::NotRetryable,
+        Self::Pushback,
+        Self::RateLimited,
+        Self::Rejected,
+        Self::Unsafe,
+        Self::StillSending,
+        Self::BodyGone,
+        Self::AttemptsUsedUp,
+        Self::KindUsedUp,
+        Self::DelayTooLong,
+        Self::DeadlineTooNear,
+        Self::DeadlinePassed,
+        Self::BudgetUsedUp,
+        Self::NotReady,
+        Self::Misconfigured,
+    ];
+
     /// Returns the reason in `snake_case`, as in events.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
@@ -68,5 +88,19 @@ impl GiveUpReason {
 impl fmt::Display for GiveUpReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_reasons_are_in_the_order_of_their_declaration() {
+        for (index, reason) in GiveUpReason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, index, "{reason}");
+        }
+        // The last declared reason.
+        assert_eq!(GiveUpReason::Misconfigured as usize, GiveUpReason::ALL.len() - 1);
     }
 }

@@ -226,6 +226,7 @@ where
             ends_first
         };
         if !has_overrides && ends_first(class, outcome) {
+            settings.record_end_of_first(M::is_error(&pending));
             return Some(M::return_recorded(pending, None));
         }
         let policy = settings.policy();
@@ -256,6 +257,7 @@ where
             }
         }
         if ends_first(class, outcome) {
+            settings.record_end_of_first(M::is_error(&pending));
             return Some(M::return_recorded(pending, None));
         }
         let state = this.state.get_or_insert_with(Box::default);
@@ -337,8 +339,7 @@ where
                     let Some(saved) = &this.call.saved else {
                         unreachable!("saved for every retry")
                     };
-                    let attempt = state.begin_attempt();
-                    core.settings.count_retry();
+                    let attempt = state.begin_attempt(&core.settings);
                     *this.span = AttemptSpan::further(attempt.number - 1, state.delay());
                     let entered = this.span.enter();
                     let future = state.service(core).call(M::replay(saved, attempt));

@@ -188,9 +188,12 @@
 //! | [`attempt_timeout`](RetryLayer::attempt_timeout) | none |
 //! | [`min_attempt_time`](RetryLayer::min_attempt_time) | 10 ms |
 
+mod counters;
 mod future;
 mod handle;
 mod layer;
+#[cfg(feature = "observe")]
+mod observe;
 mod overrides;
 mod policy;
 mod preset;

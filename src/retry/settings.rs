@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use super::policy::RetryPolicy;
+use super::{counters::RetryCounters, policy::RetryPolicy};
 use crate::attempt::{GiveUpReason, RetryBudget, SaveRules};
 use crate::{
     error::ConfigError,
@@ -42,9 +42,7 @@ pub(crate) struct RetrySettings {
     budget: Mutex<Option<RetryBudget>>,
     /// The number of transparent retries that the layer may make until the next response.
     transparent_balance: AtomicU32,
-    retries: AtomicU64,
-    gave_up: AtomicU64,
-    denied: AtomicU64,
+    pub(super) counters: RetryCounters,
 }
 
 impl RetrySettings {
@@ -63,9 +61,7 @@ impl RetrySettings {
             contradiction: OnceLock::new(),
             budget: Mutex::new(budget),
             transparent_balance: AtomicU32::new(MAX_TRANSPARENT_BALANCE),
-            retries: AtomicU64::new(0),
-            gave_up: AtomicU64::new(0),
-            denied: AtomicU64::new(0),
+            counters: RetryCounters::new(),
         }
     }
 
@@ -192,22 +188,24 @@ impl RetrySettings {
         let _ = self.transparent_balance.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
     }
 
-    pub(crate) fn count_retry(&self) {
-        self.retries.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn count_give_up(&self, reason: GiveUpReason) {
-        if !matches!(reason, GiveUpReason::Responded | GiveUpReason::NotRetryable) {
-            self.gave_up.fetch_add(1, Ordering::Relaxed);
-        }
-        if reason == GiveUpReason::BudgetUsedUp {
-            self.denied.fetch_add(1, Ordering::Relaxed);
+    /// Records the end of a call whose first attempt is not retryable.
+    pub(super) fn record_end_of_first(&self, is_error: bool) {
+        if is_error {
+            self.counters.record_give_up(GiveUpReason::NotRetryable);
         }
     }
 
     /// Returns the numbers of retries made, calls given up, and retries that the budget denied.
     pub(crate) fn counts(&self) -> [u64; 3] {
-        [&self.retries, &self.gave_up, &self.denied].map(|count| count.load(Ordering::Relaxed))
+        let give_ups = self.counters.give_ups();
+        let is_counted = |reason: &GiveUpReason| {
+            !matches!(reason, GiveUpReason::Responded | GiveUpReason::NotRetryable)
+        };
+        let counted =
+            GiveUpReason::ALL.iter().zip(give_ups).filter(|(reason, _)| is_counted(reason));
+        let gave_up = counted.map(|(_, count)| count).sum();
+        let denied = give_ups[GiveUpReason::BudgetUsedUp as usize];
+        [self.counters.retries().iter().sum(), gave_up, denied]
     }
 }
 

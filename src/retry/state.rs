@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
+    counters::RetriedCall,
     policy::{DecisionInput, RetryPlan, RetryPolicy, decide},
     settings::RetrySettings,
 };
@@ -29,6 +30,10 @@ pub(super) struct RetryState<S> {
     cost: u64,
     delay: Duration,
     record: Attempts,
+    /// The outcome of the last attempt that has ended.
+    last: Option<Outcome>,
+    /// `None` before the first delay, and after the end of the call.
+    retried: Option<RetriedCall>,
     transparent: u32,
     retries_by_kind: PerKind<u32>,
     /// The delays of the call. `None` before the first delay is needed.
@@ -73,6 +78,8 @@ impl<S> Default for RetryState<S> {
             cost: 0,
             delay: Duration::ZERO,
             record: Attempts::UNSENT,
+            last: None,
+            retried: None,
             transparent: 0,
             retries_by_kind: [0; 8],
             delays: None,
@@ -157,6 +164,7 @@ impl<S> RetryState<S> {
             }
             Ok(plan)
         });
+        self.last = Some(outcome);
         if transparent && decision.is_err() {
             core.settings.refund_transparent();
         }
@@ -166,6 +174,8 @@ impl<S> RetryState<S> {
                 self.record.sent += u32::from(may_be_sent);
                 self.retries_by_kind[plan.kind as usize] += 1;
                 self.delay = plan.delay;
+                let retried = || RetriedCall::new(core.settings.clone());
+                self.retried.get_or_insert_with(retried).begin_delay(now);
                 self.record.push(AttemptRecord { outcome, waited: plan.delay });
                 event!(
                     retry,
@@ -228,8 +238,14 @@ impl<S> RetryState<S> {
         decide(&input, policy, &mut self.delays)
     }
 
-    /// Begins the next attempt, and spends its withdrawal.
-    pub(super) fn begin_attempt(&mut self) -> AttemptNumber {
+    /// Begins and counts the next attempt, and spends its withdrawal.
+    pub(super) fn begin_attempt(&mut self, settings: &RetrySettings) -> AttemptNumber {
+        if let Some(outcome) = self.last {
+            settings.counters.record_retry(outcome.reason());
+        }
+        if let Some(retried) = &mut self.retried {
+            retried.begin_attempt();
+        }
         // A transparent retry makes no withdrawal, so the cost of the retry before it stays.
         if let Some(mut withdrawal) = self.withdrawal.take() {
             self.cost = withdrawal.spend_amount();
@@ -246,6 +262,7 @@ impl<S> RetryState<S> {
     /// Records that the attempt in flight ended by this rejection.
     pub(super) fn record_rejected(&mut self, rejected: &Rejected) -> Outcome {
         let outcome = rule::of_rejected(rejected);
+        self.last = Some(outcome);
         self.record.sent += 1;
         self.record.push(AttemptRecord { outcome, waited: Duration::ZERO });
         outcome
@@ -254,7 +271,12 @@ impl<S> RetryState<S> {
     /// Ends the call without a further attempt. Refunds a withdrawal that is not spent, and returns the record of the
     /// attempts.
     pub(super) fn give_up(&mut self, settings: &RetrySettings, stop: GiveUpReason) -> Attempts {
-        settings.count_give_up(stop);
+        settings.counters.record_give_up(stop);
+        let is_success = self.last.is_some_and(|outcome| outcome.is_success());
+        if stop == GiveUpReason::Responded && self.record.made > 1 && is_success {
+            settings.counters.record_recovery();
+        }
+        self.retried = None;
         self.withdrawal = None;
         self.record.stop = stop;
         std::mem::replace(&mut self.record, Attempts::UNSENT)
