@@ -1,6 +1,6 @@
 use std::sync::{Arc, atomic::Ordering};
 
-use super::settings::HedgeSettings;
+use super::settings::{HedgeDeclineReason, HedgeSettings};
 use crate::error::ConfigError;
 
 /// The maximum of [`HedgeLayer::max_hedges`](super::layer::HedgeLayer::max_hedges).
@@ -34,7 +34,7 @@ impl HedgeHandle {
         HedgeSnapshot {
             sent: self.0.sent.load(Ordering::Relaxed),
             won: self.0.won.load(Ordering::Relaxed),
-            budget_denied: self.0.denied.load(Ordering::Relaxed),
+            budget_denied: self.0.declined(HedgeDeclineReason::BudgetUsedUp),
             budget_balance: self.0.budget().map(|budget| budget.balance()),
         }
     }

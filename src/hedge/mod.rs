@@ -107,6 +107,8 @@
 
 mod handle;
 mod layer;
+#[cfg(feature = "observe")]
+mod observe;
 mod percentile;
 mod service;
 mod settings;

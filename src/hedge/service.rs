@@ -10,7 +10,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tower_service::Service;
 
-use super::settings::HedgeSettings;
+use super::settings::{HedgeDeclineReason, HedgeSettings};
 use crate::{
     admission::Reusable,
     attempt::{
@@ -357,29 +357,16 @@ where
     M: ReplayRequest<Req>,
 {
     if !call.saved.as_ref().is_some_and(|saved| M::body_replay(saved) == BodyReplay::Yes) {
-        event!(hedge, DEBUG, resilience.name = core.settings.name(), reason = "body", "not hedged");
+        core.settings.record_declined(HedgeDeclineReason::Body);
         return NextHedge::Nothing;
     }
     if call.deadline().is_some_and(|deadline| deadline.left().is_zero()) {
-        event!(
-            hedge,
-            DEBUG,
-            resilience.name = core.settings.name(),
-            reason = "deadline_passed",
-            "not hedged"
-        );
+        core.settings.record_declined(HedgeDeclineReason::DeadlinePassed);
         return NextHedge::Nothing;
     }
     let withdrawal = core.budget.as_ref().map(|budget| budget.withdraw());
     if let Some(None) = withdrawal {
-        core.settings.denied.fetch_add(1, Ordering::Relaxed);
-        event!(
-            hedge,
-            DEBUG,
-            resilience.name = core.settings.name(),
-            reason = "budget_used_up",
-            "not hedged"
-        );
+        core.settings.record_declined(HedgeDeclineReason::BudgetUsedUp);
         return NextHedge::Nothing;
     }
     NextHedge::Readying { service: core.service(), withdrawal: withdrawal.flatten() }

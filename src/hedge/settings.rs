@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::percentile::LatencyPercentile;
 use crate::attempt::{RetryBudget, SafeRequests, SaveRules};
+use crate::event::event;
 use crate::fault::NameCell;
 use crate::sync::Mutex;
 
@@ -24,7 +25,8 @@ pub(crate) struct HedgeSettings {
     budget: Mutex<Option<RetryBudget>>,
     pub(crate) sent: AtomicU64,
     pub(crate) won: AtomicU64,
-    pub(crate) denied: AtomicU64,
+    /// Hedge attempts that were due and not sent, in the order of [`HedgeDeclineReason::ALL`].
+    declined: [AtomicU64; HedgeDeclineReason::ALL.len()],
     pub(crate) name: NameCell,
 }
 
@@ -34,6 +36,31 @@ pub(crate) enum HedgeDelay {
     Off,
     Fixed(Duration),
     Percentile(Box<LatencyPercentile>),
+}
+
+/// The reason for which a hedge attempt that was due is not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HedgeDeclineReason {
+    /// The request body is not saved completely.
+    Body,
+    /// The deadline of the call has passed.
+    DeadlinePassed,
+    /// The budget is used up.
+    BudgetUsedUp,
+}
+
+impl HedgeDeclineReason {
+    /// All reasons, in the order of their declaration.
+    pub(super) const ALL: [Self; 3] = [Self::Body, Self::DeadlinePassed, Self::BudgetUsedUp];
+
+    /// Returns the reason in `snake_case`, as in metrics and events.
+    pub(super) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Body => "body",
+            Self::DeadlinePassed => "deadline_passed",
+            Self::BudgetUsedUp => "budget_used_up",
+        }
+    }
 }
 
 impl HedgeSettings {
@@ -47,7 +74,7 @@ impl HedgeSettings {
             budget: Mutex::new(budget),
             sent: AtomicU64::new(0),
             won: AtomicU64::new(0),
-            denied: AtomicU64::new(0),
+            declined: Default::default(),
             name: NameCell::default(),
         }
     }
@@ -107,6 +134,17 @@ impl HedgeSettings {
         return matches!(self.delay, HedgeDelay::Off);
         #[cfg(not(feature = "config"))]
         false
+    }
+
+    /// Counts and reports a hedge attempt that was due and is not sent.
+    pub(super) fn record_declined(&self, reason: HedgeDeclineReason) {
+        self.declined[reason as usize].fetch_add(1, Ordering::Relaxed);
+        event!(hedge, DEBUG, resilience.name = self.name(), reason = reason.as_str(), "not hedged");
+    }
+
+    /// Returns the number of hedge attempts that were due and not sent for this reason.
+    pub(super) fn declined(&self, reason: HedgeDeclineReason) -> u64 {
+        self.declined[reason as usize].load(Ordering::Relaxed)
     }
 
     /// Records the latency of a call that has a good response. A call that fails fast is no reason for a shorter delay,

@@ -1,0 +1,40 @@
+//! The metrics of a hedge layer.
+
+use std::sync::{
+    Arc, Weak,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+use super::{
+    handle::HedgeHandle,
+    settings::{HedgeDeclineReason, HedgeSettings},
+};
+use crate::{
+    observe::{Observe, Observed, Part, Visit, metrics::*},
+    sealed::Sealed,
+};
+
+impl Sealed for HedgeHandle {}
+
+impl Observe for HedgeHandle {
+    fn parts(&self) -> Vec<Part> {
+        let state: Weak<HedgeSettings> = Arc::downgrade(&self.0);
+        vec![Part::new("hedge", self.0.name.as_str(), state)]
+    }
+}
+
+/// The budget is not visited: a retry layer of the same stack has the same name, and may have another budget.
+impl Observed for HedgeSettings {
+    fn observe(&self, to: &mut dyn Visit) {
+        let get = |count: &AtomicU64| count.load(Relaxed);
+        to.count(&HEDGE_ATTEMPTS, get(&self.sent));
+        to.count(&HEDGE_WINS, get(&self.won));
+        let declined =
+            HedgeDeclineReason::ALL.map(|reason| (reason.as_str(), self.declined(reason)));
+        to.counts(&HEDGE_DECLINED, "reason", declined);
+        // Absent if no hedge attempt is sent, such as before a percentile is known.
+        if let Some(delay) = self.delay() {
+            to.number(&HEDGE_DELAY, delay.as_secs_f64());
+        }
+    }
+}
