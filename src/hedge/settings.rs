@@ -54,6 +54,7 @@ impl HedgeDeclineReason {
     pub(super) const ALL: [Self; 3] = [Self::Body, Self::DeadlinePassed, Self::BudgetUsedUp];
 
     /// Returns the reason in `snake_case`, as in metrics and events.
+    #[cfg_attr(not(any(feature = "tracing", feature = "observe")), allow(dead_code))]
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Body => "body",

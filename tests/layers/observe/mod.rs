@@ -1,8 +1,11 @@
 //! The values of metrics after scripted scenarios. Each test reads the text page, as Prometheus does.
 
 mod breaker;
+mod limit;
 mod page;
 mod registry;
+mod retry;
+mod time;
 
 use std::collections::BTreeMap;
 
@@ -43,6 +46,15 @@ impl Page {
     pub fn family(&self, name: &str) -> Vec<(&str, f64)> {
         let is_of = |series: &&String| series.split('{').next() == Some(name);
         self.0.keys().filter(is_of).map(|series| (&**series, self.0[series])).collect()
+    }
+
+    /// Returns the values of a label in the samples of a metric.
+    pub fn values(&self, name: &str, label: &str) -> Vec<&str> {
+        let start = format!("{label}=\"");
+        self.family(name)
+            .into_iter()
+            .filter_map(|(series, _)| series.split_once(&*start)?.1.split('"').next())
+            .collect()
     }
 
     pub fn sum(&self, name: &str) -> f64 {
