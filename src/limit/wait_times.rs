@@ -8,7 +8,7 @@ use crate::observe::{FixedHistogram, HistogramSnapshot, WAIT_BOUNDS};
 /// The end of a wait.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum WaitResult {
-    /// The call received a permit.
+    /// The entry received a permit. The permit is passed on if the call has been dropped or its deadline has passed.
     Admitted,
     /// The maximum wait or the deadline passed, or a call of higher priority displaced the entry.
     Rejected,

@@ -1,5 +1,4 @@
 //! A histogram with fixed bounds, which counts without a lock.
-#![cfg_attr(not(feature = "full"), allow(dead_code))]
 
 use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},

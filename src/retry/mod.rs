@@ -197,6 +197,7 @@ mod observe;
 mod overrides;
 mod policy;
 mod preset;
+mod retried;
 mod service;
 mod settings;
 mod span;

@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    counters::RetriedCall,
     policy::{DecisionInput, RetryPlan, RetryPolicy, decide},
+    retried::RetriedCall,
     settings::RetrySettings,
 };
 use crate::{
