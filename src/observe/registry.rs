@@ -38,7 +38,7 @@ pub struct Registry {
 /// One layer that is observed.
 struct Watched {
     layer: &'static str,
-    name: String,
+    name: Option<String>,
     state: Weak<dyn Observed>,
 }
 
@@ -49,27 +49,39 @@ impl Registry {
         Self::default()
     }
 
-    /// Watches the layer of a handle, all layers of the handle of a stack, or the checks of a health registry.
+    /// Watches the layer of a handle, all layers of the handle of a stack, the checks of a health registry, or a
+    /// lifecycle.
     ///
     /// The metrics have the name of the layer as the label `name`. All layers of a stack have the name of the stack. Give
-    /// the layers of one stack that you build yourself the same name, so that rules can combine their metrics.
+    /// the layers of one stack that you build yourself the same name, so that rules can combine their metrics. A health
+    /// registry and a lifecycle exist once in a process and need no name.
     ///
     /// # Errors
     ///
     /// A layer without a name, with a name of more than 64 bytes, or with the name of another watched layer of the same
-    /// kind. Then nothing of the handle is watched.
+    /// kind, or a second health registry or lifecycle. Then nothing of the handle is watched.
     pub fn watch(&self, handle: &impl Observe) -> Result<(), ConfigError> {
         let parts = handle.parts();
         let mut watched = self.watched.lock();
         watched.retain(|watched| watched.state.strong_count() > 0);
         for (nth, part) in parts.iter().enumerate() {
             check_name(part)?;
-            let is_same = |other: &str, name: &str| other == part.layer && name == part.name;
+            let is_same = |layer: &str, name: &Option<String>| {
+                (layer, name.as_deref()) == (part.layer, part.name.as_deref())
+            };
             let is_taken = watched.iter().any(|other| is_same(other.layer, &other.name))
                 || parts[..nth].iter().any(|other| is_same(other.layer, &other.name));
             if is_taken {
-                let remedy = format!("give each {} a name of its own", part.layer);
-                return Err(ConfigError::new("name", &part.name, remedy));
+                return Err(match &part.name {
+                    Some(name) => {
+                        let remedy = format!("give each {} a name of its own", part.layer);
+                        ConfigError::new("name", name, remedy)
+                    }
+                    None => {
+                        let remedy = format!("watch one {} for each registry", part.layer);
+                        ConfigError::new("part", part.layer, remedy)
+                    }
+                });
             }
         }
         let new = |Part { layer, name, state }| Arc::new(Watched { layer, name, state });
@@ -84,7 +96,7 @@ impl Registry {
         let watched = self.watched.lock().clone();
         for watched in watched {
             if let Some(state) = watched.state.upgrade() {
-                state.observe(&mut Named { name: &watched.name, to });
+                state.observe(&mut Named { name: watched.name.as_deref(), to });
             }
         }
         to.sample(&FOLDED_SERIES, None, &[], Value::Count(0));
@@ -92,17 +104,18 @@ impl Registry {
 }
 
 fn check_name(part: &Part) -> Result<(), ConfigError> {
-    // The health registry and the lifecycle exist once in a process.
-    if part.layer.is_empty() {
-        return Ok(());
-    }
-    if part.name.is_empty() {
-        let remedy = format!("call `.name(…)` of the {} before `handle()`", part.layer);
+    // A part of the process needs no name.
+    let Some(name) = &part.name else { return Ok(()) };
+    if name.is_empty() {
+        let remedy = match part.layer {
+            "stack" => "set `name` of the configuration".to_owned(),
+            layer => format!("call `.name(…)` of the {layer} before `handle()`"),
+        };
         return Err(ConfigError::new("name", "", remedy));
     }
-    if part.name.len() > MAX_NAME_BYTES {
+    if name.len() > MAX_NAME_BYTES {
         let remedy = format!("use at most {MAX_NAME_BYTES} bytes");
-        return Err(ConfigError::new("name", &part.name, remedy));
+        return Err(ConfigError::new("name", name, remedy));
     }
     Ok(())
 }
@@ -119,14 +132,15 @@ pub trait NamedVisit {
     );
 }
 
+/// Adds the name of a layer to its metrics. A metric of a part of the process has no name.
 struct Named<'a> {
-    name: &'a str,
+    name: Option<&'a str>,
     to: &'a mut dyn NamedVisit,
 }
 
 impl Visit for Named<'_> {
     fn sample(&mut self, metric: &'static Metric, labels: &[(&'static str, &str)], value: Value) {
-        self.to.sample(metric, metric.is_named().then_some(self.name), labels, value);
+        self.to.sample(metric, self.name.filter(|_| metric.is_named()), labels, value);
     }
 }
 

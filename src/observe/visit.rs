@@ -89,13 +89,26 @@ pub(crate) trait Observed: Send + Sync + 'static {
 /// It does not keep the layer alive.
 pub struct Part {
     pub(super) layer: &'static str,
-    pub(super) name: String,
+    /// The name of the layer. `None` for a part of the process.
+    pub(super) name: Option<String>,
     pub(super) state: Weak<dyn Observed>,
 }
 
 impl Part {
     pub(crate) fn new(layer: &'static str, name: &str, state: Weak<dyn Observed>) -> Self {
-        Self { layer, name: name.to_owned(), state }
+        Self { layer, name: Some(name.to_owned()), state }
+    }
+
+    /// Returns a part that exists once in a process, so it needs no name.
+    #[cfg(feature = "health")]
+    pub(crate) fn of_process(layer: &'static str, state: Weak<dyn Observed>) -> Self {
+        Self { layer, name: None, state }
+    }
+
+    /// Returns the part under the name of the stack that contains its layer.
+    #[cfg(feature = "stack")]
+    pub(crate) fn named(self, name: &str) -> Self {
+        Self { name: Some(name.to_owned()), ..self }
     }
 }
 
