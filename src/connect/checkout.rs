@@ -35,6 +35,7 @@ use super::{
     semaphore::PermitPair,
     state::ConnectState,
     streams::{Lane, Opening, Pick, StreamPermit, Streams},
+    wait_times::WaitResult,
 };
 use crate::{origin::Origin, outcome::Rejected};
 
@@ -242,7 +243,12 @@ async fn queue_for_permits(host_ref: &HostRef) -> Result<Option<PermitPair>, Rej
         .await
     };
     let permits = timeout(shared.max_wait(), permits).await;
-    drop(entry);
+    entry.end(match &permits {
+        Ok(Some(_)) => WaitResult::Admitted,
+        // The call waits for a stream instead.
+        Ok(None) => WaitResult::Abandoned,
+        Err(_) => WaitResult::Rejected,
+    });
     permits.map_err(|_| shared.reject())
 }
 
@@ -305,7 +311,7 @@ async fn acquire_stream(host_ref: &HostRef, may_add: bool) -> Result<Grant, Reje
     let mut is_up = streams.is_up();
     // Without a cap, a call that waits for the first connection needs no queue entry, so it is not rejected.
     let join = || QueueEntry::join(host_ref).ok_or_else(|| shared.reject());
-    let mut entry = (is_up || shared.has_cap()).then(join).transpose()?;
+    let entry = (is_up || shared.has_cap()).then(join).transpose()?;
     let waits_for_stream = AtomicBool::new(false);
     let count = || {
         if !waits_for_stream.swap(true, Relaxed) {
@@ -351,18 +357,27 @@ async fn acquire_stream(host_ref: &HostRef, may_add: bool) -> Result<Grant, Reje
             came_up.as_mut().poll(cx).map(|()| None)
         });
         let max = shared.connect_timeout().unwrap_or(Duration::MAX);
-        match timeout(max, grant_or_up).await {
-            Ok(Some(grant)) => return Ok(grant),
-            Err(_) if !streams.is_up() => return Ok(Grant::Unpermitted),
+        let grant = match timeout(max, grant_or_up).await {
+            Ok(Some(grant)) => grant,
+            Err(_) if !streams.is_up() => Grant::Unpermitted,
             // The connection may have closed since.
-            Ok(None) | Err(_) => is_up = streams.is_up(),
+            Ok(None) | Err(_) => {
+                is_up = streams.is_up();
+                continue;
+            }
+        };
+        if let Some(entry) = entry {
+            entry.end(WaitResult::Admitted);
         }
+        return Ok(grant);
     }
-    if entry.is_none() {
-        entry = Some(join()?);
-    }
+    let entry = match entry {
+        Some(entry) => entry,
+        None => join()?,
+    };
     let checkout = timeout(shared.max_wait(), grant).await;
-    drop(entry);
+    let result = if checkout.is_ok() { WaitResult::Admitted } else { WaitResult::Rejected };
+    entry.end(result);
     checkout.map_err(|_| {
         count();
         shared.reject()

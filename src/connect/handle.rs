@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use super::{lifetime::NEVER, state::ConnectState};
+use super::{
+    lifetime::{CloseReason, NEVER},
+    state::ConnectState,
+};
 use crate::{error::ConfigError, time::nanos};
 
 /// Reads the state of the connections of a layer, changes its settings and recycles its connections, from outside of
@@ -69,6 +72,7 @@ impl ConnectHandle {
     pub fn snapshot(&self) -> ConnectSnapshot {
         let counts = &self.0.counts;
         let (max_per_host, max_total) = self.0.caps();
+        let closed = counts.closed();
         ConnectSnapshot {
             max_per_host,
             max_total,
@@ -78,9 +82,9 @@ impl ConnectHandle {
             lookups: self.0.lookups.count(),
             waiting: counts.waiting.load(Ordering::Relaxed),
             created: counts.created.load(Ordering::Relaxed),
-            closed: counts.closed.load(Ordering::Relaxed),
-            closed_for_age: counts.closed_for_age.load(Ordering::Relaxed),
-            closed_for_idleness: counts.closed_for_idleness.load(Ordering::Relaxed),
+            closed: closed.iter().sum(),
+            closed_for_age: closed[CloseReason::Age as usize],
+            closed_for_idleness: closed[CloseReason::Idle as usize],
             failed: counts.failed.load(Ordering::Relaxed),
             timed_out: counts.timed_out.load(Ordering::Relaxed),
             reused: counts.reused.load(Ordering::Relaxed),

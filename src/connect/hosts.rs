@@ -15,6 +15,7 @@ use super::{
     semaphore::{PermitPair, ShrinkableSemaphore},
     state::ConnectState,
     streams::Streams,
+    wait_times::WaitResult,
 };
 use crate::{origin::Origin, time::Nanos};
 
@@ -215,6 +216,7 @@ pub(super) struct ConnPermits {
 pub(super) struct QueueEntry<'a> {
     host_ref: &'a HostRef,
     since: Nanos,
+    result: WaitResult,
 }
 
 impl<'a> QueueEntry<'a> {
@@ -225,7 +227,12 @@ impl<'a> QueueEntry<'a> {
         let join = |waiting| (waiting < max).then_some(waiting + 1);
         shared.counts.waiting.fetch_update(Ordering::AcqRel, Ordering::Relaxed, join).ok()?;
         shared.counts.waits.fetch_add(1, Ordering::Relaxed);
-        Some(Self { host_ref, since: shared.clock.now() })
+        Some(Self { host_ref, since: shared.clock.now(), result: WaitResult::Abandoned })
+    }
+
+    /// Ends the wait with this result. An entry that is dropped without one is abandoned.
+    pub(super) fn end(mut self, result: WaitResult) {
+        self.result = result;
     }
 }
 
@@ -233,10 +240,9 @@ impl Drop for QueueEntry<'_> {
     fn drop(&mut self) {
         let shared = &*self.host_ref.shared;
         shared.counts.waiting.fetch_sub(1, Ordering::AcqRel);
-        shared
-            .counts
-            .waited
-            .fetch_add(shared.clock.now().saturating_sub(self.since), Ordering::Relaxed);
+        let waited = shared.clock.now().saturating_sub(self.since);
+        shared.counts.waited.fetch_add(waited, Ordering::Relaxed);
+        shared.counts.wait_times.record(self.result, waited);
     }
 }
 

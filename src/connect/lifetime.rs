@@ -20,6 +20,11 @@ pub(super) enum CloseReason {
     Closed,
 }
 
+impl CloseReason {
+    /// The labels of the reasons, in the order of the variants.
+    pub(super) const LABELS: [&'static str; 5] = ["age", "idle", "make_way", "requested", "closed"];
+}
+
 /// The limits of one connection: those of its layer, shortened by jitter.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Lifetime {

@@ -160,7 +160,6 @@
 mod checkout;
 mod client;
 mod conn;
-
 mod dial;
 mod executor;
 mod handle;
@@ -168,11 +167,14 @@ mod hosts;
 mod io;
 mod layer;
 mod lifetime;
+#[cfg(feature = "observe")]
+mod observe;
 mod resolve;
 mod semaphore;
 mod state;
 mod streams;
 mod tcp;
+mod wait_times;
 
 pub use self::{
     client::{Client, ClientBuilder, ClientResponseFuture},

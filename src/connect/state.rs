@@ -53,6 +53,7 @@ use super::{
     resolve::Lookups,
     semaphore::{NO_LIMIT, PermitPair, SemaphorePermit, ShrinkableSemaphore},
     streams::{Lane, Streams},
+    wait_times::{WaitResult, WaitTimes},
 };
 use crate::sync::{Mutex, MutexGuard};
 use crate::{
@@ -102,9 +103,8 @@ pub(super) struct ConnectCounts {
     /// The number of open connections that are to be closed.
     pub(super) closing: AtomicUsize,
     pub(super) created: AtomicU64,
-    pub(super) closed: AtomicU64,
-    pub(super) closed_for_age: AtomicU64,
-    pub(super) closed_for_idleness: AtomicU64,
+    /// The number of connections that have been closed, by [`CloseReason`].
+    closed: [AtomicU64; CloseReason::LABELS.len()],
     pub(super) failed: AtomicU64,
     pub(super) timed_out: AtomicU64,
     pub(super) reused: AtomicU64,
@@ -112,6 +112,14 @@ pub(super) struct ConnectCounts {
     pub(super) stream_waits: AtomicU64,
     pub(super) waited: AtomicU64,
     pub(super) saturated: AtomicU64,
+    pub(super) wait_times: WaitTimes,
+}
+
+impl ConnectCounts {
+    /// Returns the number of connections that have been closed, by [`CloseReason`].
+    pub(super) fn closed(&self) -> [u64; CloseReason::LABELS.len()] {
+        std::array::from_fn(|reason| self.closed[reason].load(Ordering::Relaxed))
+    }
 }
 
 /// The hosts in use and the open connections.
@@ -212,6 +220,11 @@ impl ConnectState {
         self.label.has_own()
     }
 
+    #[cfg(feature = "observe")]
+    pub(super) fn name(&self) -> &str {
+        self.label.as_str()
+    }
+
     /// Records that a connector uses this state.
     pub(super) fn set_in_use(&self) {
         self.is_in_use.store(true, Ordering::Relaxed);
@@ -288,7 +301,11 @@ impl ConnectState {
             (own, this.total.acquire().await)
         });
         let permits = timeout(this.max_wait(), report_waits(permits)).await;
-        drop(entry);
+        entry.end(match &permits {
+            Ok(Some(_)) => WaitResult::Admitted,
+            Ok(None) => WaitResult::Abandoned,
+            Err(_) => WaitResult::Rejected,
+        });
         match permits {
             Ok(Some(permits)) => Ok(ConnPermits { _permits: permits, host_ref }),
             // Another connection has served the call, and hyper-util runs this connect in the background. Its result is
@@ -373,16 +390,12 @@ impl ConnectState {
         drop(hosts);
         // Drop the connection without the lock: it contains a waker, whose destructor is user code.
         drop(removed);
-        self.counts.closed.fetch_add(1, Ordering::Relaxed);
+        let ended_by = reason.unwrap_or(CloseReason::Closed);
+        self.counts.closed[ended_by as usize].fetch_add(1, Ordering::Relaxed);
         self.counts.closing.fetch_sub(usize::from(reason.is_some()), Ordering::SeqCst);
-        match reason {
-            Some(CloseReason::Age) => self.counts.closed_for_age.fetch_add(1, Ordering::Relaxed),
-            Some(CloseReason::Idle) => {
-                self.counts.closed_for_idleness.fetch_add(1, Ordering::Relaxed)
-            }
-            _ => return,
-        };
-        event!(connect, DEBUG, why = ?reason, "connection closed");
+        if matches!(ended_by, CloseReason::Age | CloseReason::Idle) {
+            event!(connect, DEBUG, why = ?reason, "connection closed");
+        }
     }
 
     /// Decides whether an idle connection closes because a caller of another host waits for a permit of the total.

@@ -1,0 +1,56 @@
+//! The metrics of connections.
+
+use std::sync::{Arc, Weak, atomic::Ordering::Relaxed};
+
+use super::{handle::ConnectHandle, lifetime::CloseReason, state::ConnectState};
+use crate::{
+    observe::{Observe, Observed, Part, Value, Visit, metrics::*},
+    outcome::{LayerKind, RejectedKind},
+    sealed::Sealed,
+};
+
+const LAYER: &str = LayerKind::Connect.as_str();
+
+impl Sealed for ConnectHandle {}
+
+impl Observe for ConnectHandle {
+    fn parts(&self) -> Vec<Part> {
+        let state: Weak<ConnectState> = Arc::downgrade(&self.0);
+        vec![Part::new(LAYER, self.0.name(), state)]
+    }
+}
+
+impl Observed for ConnectState {
+    fn observe(&self, to: &mut dyn Visit) {
+        let counts = &self.counts;
+        let open = self.count_open();
+        let active = counts.in_use.load(Relaxed).min(open);
+        let states = [
+            ("connecting", counts.connecting.load(Relaxed)),
+            ("active", active),
+            ("idle", open - active),
+        ];
+        to.counts(&CONNECTION_COUNT, "state", states.map(|(state, count)| (state, count as u64)));
+        let (max_per_host, max_total) = self.caps();
+        let limits = [("host", max_per_host), ("total", max_total)];
+        let limits = limits.into_iter().filter_map(|(scope, max)| Some((scope, max? as u64)));
+        to.counts(&CONNECTION_LIMIT, "scope", limits);
+        to.count(&CONNECTION_OPENED, counts.created.load(Relaxed));
+        let closed = CloseReason::LABELS.into_iter().zip(counts.closed());
+        to.counts(&CONNECTION_CLOSED, "reason", closed);
+        let failures =
+            [("error", counts.failed.load(Relaxed)), ("timeout", counts.timed_out.load(Relaxed))];
+        to.counts(&CONNECTION_FAILURES, "reason", failures);
+        to.count(&CONNECTION_REUSES, counts.reused.load(Relaxed));
+        let rejections = [(RejectedKind::Saturated.as_str(), counts.saturated.load(Relaxed))];
+        to.counts_of(&REJECTIONS_METRIC, LAYER, "reason", rejections);
+        let waiting = counts.waiting.load(Relaxed) as u64;
+        to.counts(&QUEUE_DEPTH, "layer", [(LAYER, waiting)]);
+        let max_waiting = self.settings.queue_length() as u64;
+        to.counts(&QUEUE_LIMIT, "layer", [(LAYER, max_waiting)]);
+        for (result, times) in counts.wait_times.snapshot() {
+            let labels = [("layer", LAYER), ("result", result)];
+            to.sample(&QUEUE_WAIT_DURATION, &labels, Value::Histogram(times));
+        }
+    }
+}
