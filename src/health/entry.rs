@@ -253,11 +253,16 @@ impl CheckEntry {
         due != Nanos::MAX && self.clock.now() > due
     }
 
+    /// Returns whether the process is not ready unless this check passes.
+    pub(super) fn is_critical(&self) -> bool {
+        !self.degrading.load(Ordering::Acquire)
+    }
+
     pub(super) fn status(&self) -> HealthStatus {
-        match (self.state(), self.degrading.load(Ordering::Acquire)) {
+        match (self.state(), self.is_critical()) {
             (CheckState::Pass, _) => HealthStatus::Pass,
-            (_, true) => HealthStatus::Warn,
-            (_, false) => HealthStatus::Fail,
+            (_, false) => HealthStatus::Warn,
+            (_, true) => HealthStatus::Fail,
         }
     }
 
@@ -273,7 +278,7 @@ impl CheckEntry {
         CheckSnapshot {
             name: self.name.to_string(),
             state: self.state(),
-            critical: !self.degrading.load(Ordering::Acquire),
+            critical: self.is_critical(),
             healthy: if overdue {
                 Some(false)
             } else {

@@ -191,6 +191,8 @@ mod grpc;
 mod handle;
 mod json;
 mod layer;
+#[cfg(feature = "observe")]
+mod observe;
 mod probe;
 mod registry;
 mod reporter;

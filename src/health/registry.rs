@@ -148,6 +148,14 @@ pub(super) fn is_name(name: &str) -> bool {
 }
 
 impl CheckRegistry {
+    /// Returns the name and the state of each check, and whether it is critical, in the order in which they were added.
+    #[cfg(feature = "observe")]
+    pub(super) fn states(&self) -> Vec<(String, CheckState, bool)> {
+        let read =
+            |entry: &Arc<CheckEntry>| (entry.name().to_owned(), entry.state(), entry.is_critical());
+        self.checks.lock().iter().map(read).collect()
+    }
+
     /// Increments the version and notifies the watchers. It runs wakers, so no lock may be held.
     pub(super) fn notify(&self) {
         self.version.fetch_add(1, Ordering::AcqRel);

@@ -112,6 +112,10 @@ pub(super) struct Probing {
     reporters: Vec<Reporter>,
     pub(super) probes: u64,
     pub(super) skipped: u64,
+    /// The number of probes that passed.
+    pub(super) passed: u64,
+    /// The number of probes that failed, in the order of [`ProbeFailure::LABELS`].
+    pub(super) failed: [u64; ProbeFailure::LABELS.len()],
     pub(super) last: Option<EndedProbe>,
     pub(super) last_error: Option<Box<str>>,
     listeners: Vec<ProbeListener>,
@@ -169,6 +173,8 @@ impl Gate {
                 reporters: Vec::new(),
                 probes: 0,
                 skipped: 0,
+                passed: 0,
+                failed: [0; ProbeFailure::LABELS.len()],
                 last: None,
                 last_error: None,
                 listeners: Vec::new(),
@@ -221,6 +227,11 @@ impl Gate {
 
     pub(super) fn set_name(&self, name: &str) {
         self.label.set(name);
+    }
+
+    #[cfg(feature = "observe")]
+    pub(super) fn name(&self) -> &str {
+        self.label.as_str()
     }
 
     fn label(&self) -> Option<Arc<LayerName>> {
@@ -393,6 +404,10 @@ impl Gate {
         let result = ended.as_ref().map_err(|failed| failed.reason).copied();
         let mut probing = self.probing.lock();
         probing.last = Some(EndedProbe { result, ended: self.now(), took });
+        match result {
+            Ok(()) => probing.passed += 1,
+            Err(reason) => probing.failed[reason.index()] += 1,
+        }
         for reporter in &probing.reporters {
             reporter.record(ended.as_ref().map_err(FailedProbe::to_string).copied(), Some(took));
         }

@@ -59,20 +59,38 @@ impl ProbeFailure {
         matches!(self, Self::Status(StatusCode::SERVICE_UNAVAILABLE) | Self::NotServing)
     }
 
+    /// The names of all failures.
+    pub(super) const LABELS: [&'static str; 9] = [
+        "status",
+        "grpc_status",
+        "not_serving",
+        "error",
+        "body",
+        "classified",
+        "timed_out",
+        "panicked",
+        "rejected",
+    ];
+
+    /// Returns the position of the failure in [`LABELS`](Self::LABELS).
+    pub(super) const fn index(&self) -> usize {
+        match self {
+            Self::Status(_) => 0,
+            Self::GrpcStatus(_) => 1,
+            Self::NotServing => 2,
+            Self::Error => 3,
+            Self::Body => 4,
+            Self::Classified => 5,
+            Self::TimedOut => 6,
+            Self::Panicked => 7,
+            Self::Rejected => 8,
+        }
+    }
+
     /// Returns the name of the failure in `snake_case`.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
-        match self {
-            Self::Status(_) => "status",
-            Self::GrpcStatus(_) => "grpc_status",
-            Self::NotServing => "not_serving",
-            Self::Error => "error",
-            Self::Body => "body",
-            Self::Classified => "classified",
-            Self::TimedOut => "timed_out",
-            Self::Panicked => "panicked",
-            Self::Rejected => "rejected",
-        }
+        Self::LABELS[self.index()]
     }
 }
 
