@@ -186,6 +186,8 @@ mod in_flight;
 mod layer;
 #[cfg(feature = "serve")]
 mod listener;
+#[cfg(feature = "observe")]
+mod observe;
 #[cfg(feature = "serve")]
 mod serve;
 #[cfg(feature = "serve")]
