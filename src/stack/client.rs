@@ -35,15 +35,15 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ClientStack {
-    meter: Arc<MeterLayer>,
-    deadline: PropagateDeadlineLayer,
-    retry: RetryLayer,
-    hedge: HedgeLayer,
-    breaker: CircuitBreakerLayer,
-    limit: ConcurrencyLimitLayer,
+    pub(super) meter: Arc<MeterLayer>,
+    pub(super) deadline: PropagateDeadlineLayer,
+    pub(super) retry: RetryLayer,
+    pub(super) hedge: HedgeLayer,
+    pub(super) breaker: CircuitBreakerLayer,
+    pub(super) limit: ConcurrencyLimitLayer,
     forward: PropagateDeadlineLayer,
-    timeout: TimeoutLayer,
-    now: Arc<CurrentConfig<ClientConfig>>,
+    pub(super) timeout: TimeoutLayer,
+    pub(super) now: Arc<CurrentConfig<ClientConfig>>,
     /// Only set in the stack that [`client`](super::client) makes.
     #[cfg(feature = "connect")]
     pub(super) connections: Option<crate::connect::ConnectHandle>,
@@ -134,7 +134,7 @@ impl fmt::Debug for ClientStack {
 /// Reads the state of a client stack, and changes its settings while it is in use.
 #[derive(Clone, Debug)]
 pub struct ClientHandle {
-    stack: ClientStack,
+    pub(super) stack: ClientStack,
 }
 
 impl ClientHandle {

@@ -13,6 +13,8 @@ use std::{
 
 use tokio::time::Instant;
 
+#[cfg(feature = "observe")]
+use crate::observe::{CALL_BOUNDS, FixedHistogram, HistogramSnapshot};
 use crate::sync::Mutex;
 use crate::{
     admission::{Admit, Plan, Policy, Terms, admission_service},
@@ -38,6 +40,10 @@ pub(crate) struct MeterLayer {
     /// The number of latencies in the sum.
     timed: AtomicU64,
     recent: Mutex<RecentLatency>,
+    /// The latencies since the stack was made, by the [`OutcomeKind`] at the end of the latency. `recent` cannot be
+    /// exported, because its counts fall, and a histogram with fixed bounds has no percentile within 1 %.
+    #[cfg(feature = "observe")]
+    durations: [FixedHistogram<15>; 4],
 }
 
 /// A snapshot of a [`MeterLayer`].
@@ -62,61 +68,73 @@ impl MeterLayer {
             took: AtomicU64::new(0),
             timed: AtomicU64::new(0),
             recent: Mutex::new(RecentLatency::default()),
+            #[cfg(feature = "observe")]
+            durations: std::array::from_fn(|_| FixedHistogram::new(CALL_BOUNDS)),
         })
     }
 
-    fn record_latency(&self, started: Nanos) {
+    fn record_latency(&self, started: Nanos, outcome: Outcome) {
         let now = Instant::now();
         let took = self.clock.at(now).saturating_sub(started);
         self.took.fetch_add(took, Relaxed);
         self.timed.fetch_add(1, Relaxed);
+        #[cfg(feature = "observe")]
+        if !is_rejected(outcome) {
+            self.durations[outcome.kind() as usize].record(Duration::from_nanos(took));
+        }
+        let _ = outcome;
         let mut recent = self.recent.lock();
         recent.record(Duration::from_nanos(took), now);
     }
 
-    pub(super) fn counts(&self) -> MeterCounts {
+    /// Returns the latencies by [`OutcomeKind`].
+    #[cfg(feature = "observe")]
+    pub(super) fn durations(&self) -> [HistogramSnapshot; 4] {
+        self.durations.each_ref().map(FixedHistogram::snapshot)
+    }
+
+    /// Returns the numbers of calls that have begun, that have ended by [`OutcomeKind`], and that were rejected.
+    pub(super) fn call_counts(&self) -> (u64, [u64; 4], u64) {
         // The ended calls are read before the begun ones, because each call begins before it ends. In the other order,
         // a call that begins and ends between the two reads would appear as ended only. The loads are `Relaxed`, so
-        // this order is not guaranteed; the snapshot therefore subtracts with saturation.
-        let [successes, failures, throttled, cancelled] =
-            [0, 1, 2, 3].map(|kind: usize| self.ended[kind].load(Relaxed));
+        // this order is not guaranteed; readers therefore subtract with saturation.
+        let ended = [0, 1, 2, 3].map(|kind: usize| self.ended[kind].load(Relaxed));
         let rejected = self.rejected.load(Relaxed);
+        (self.begun.load(Relaxed), ended, rejected)
+    }
+
+    pub(super) fn counts(&self) -> MeterCounts {
+        let (begun, [successes, failures, throttled, cancelled], rejected) = self.call_counts();
         let timed = self.timed.load(Relaxed);
         let average = self.took.load(Relaxed).checked_div(timed).map(Duration::from_nanos);
         let mut recent = self.recent.lock();
         let p99 = recent.percentile(0.99, Instant::now());
-        MeterCounts {
-            begun: self.begun.load(Relaxed),
-            successes,
-            failures,
-            throttled,
-            cancelled,
-            rejected,
-            average,
-            p99,
-        }
+        MeterCounts { begun, successes, failures, throttled, cancelled, rejected, average, p99 }
     }
+}
+
+fn is_rejected(outcome: Outcome) -> bool {
+    (outcome.kind(), outcome.reason()) == (OutcomeKind::Cancelled, Reason::Rejected)
 }
 
 impl Sealed for MeterLayer {}
 
 impl Release for MeterLayer {
     fn release(&self, token: Token, outcome: Outcome) {
-        if (outcome.kind(), outcome.reason()) == (OutcomeKind::Cancelled, Reason::Rejected) {
+        if is_rejected(outcome) {
             // A rejection is not a latency of the upstream, so it is not timed.
             self.rejected.fetch_add(1, Relaxed);
             return;
         }
         if token.tag > 0 {
-            self.record_latency(token.tag - 1);
+            self.record_latency(token.tag - 1, outcome);
         }
         self.ended[outcome.kind() as usize].fetch_add(1, Relaxed);
     }
 
     fn record_head(&self, token: &mut Token, so_far: Outcome) {
-        let _ = so_far;
         if token.tag > 0 {
-            self.record_latency(token.tag - 1);
+            self.record_latency(token.tag - 1, so_far);
         }
         token.tag = 0;
     }

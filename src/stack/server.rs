@@ -59,11 +59,11 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ServerStack {
-    meter: Arc<MeterLayer>,
-    deadline: PropagateDeadlineLayer,
-    limit: ConcurrencyLimitLayer<Http, Respond>,
-    timeout: TimeoutLayer<AsIs, Respond>,
-    now: Arc<CurrentConfig<ServerConfig>>,
+    pub(super) meter: Arc<MeterLayer>,
+    pub(super) deadline: PropagateDeadlineLayer,
+    pub(super) limit: ConcurrencyLimitLayer<Http, Respond>,
+    pub(super) timeout: TimeoutLayer<AsIs, Respond>,
+    pub(super) now: Arc<CurrentConfig<ServerConfig>>,
 }
 
 type ServerLayers<S> = Meter<
@@ -132,7 +132,7 @@ impl fmt::Debug for ServerStack {
 /// Reads the state of a server stack, and changes its settings while it is in use.
 #[derive(Clone, Debug)]
 pub struct ServerHandle {
-    stack: ServerStack,
+    pub(super) stack: ServerStack,
 }
 
 impl ServerHandle {

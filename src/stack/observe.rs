@@ -1,0 +1,59 @@
+//! The layers of a stack, as a registry watches them.
+
+use std::sync::{Arc, Weak};
+
+use super::{client::ClientHandle, meter::MeterLayer, server::ServerHandle};
+use crate::{
+    observe::{Observe, Observed, Part, Value, Visit, metrics::*},
+    sealed::Sealed,
+};
+
+impl Sealed for ClientHandle {}
+
+/// All layers have the name of the stack.
+impl Observe for ClientHandle {
+    fn parts(&self) -> Vec<Part> {
+        let stack = &self.stack;
+        let mut parts = vec![meter(&stack.meter)];
+        parts.extend(stack.breaker.handle().parts());
+        #[cfg(feature = "connect")]
+        parts.extend(stack.connections.iter().flat_map(Observe::parts));
+        parts.extend(stack.probe.iter().flat_map(Observe::parts));
+        let name = stack.now.config().name;
+        parts.into_iter().map(|part| part.named(&name)).collect()
+    }
+}
+
+impl Sealed for ServerHandle {}
+
+/// All layers have the name of the stack.
+impl Observe for ServerHandle {
+    fn parts(&self) -> Vec<Part> {
+        let stack = &self.stack;
+        let parts = vec![meter(&stack.meter)];
+        let name = stack.now.config().name;
+        parts.into_iter().map(|part| part.named(&name)).collect()
+    }
+}
+
+fn meter(meter: &Arc<MeterLayer>) -> Part {
+    let state: Weak<MeterLayer> = Arc::downgrade(meter);
+    Part::new("stack", "", state)
+}
+
+/// The labels of the outcomes, in the order of [`OutcomeKind`](crate::outcome::OutcomeKind).
+const OUTCOMES: [&str; 4] = ["success", "failure", "throttled", "cancelled"];
+
+impl Observed for MeterLayer {
+    fn observe(&self, to: &mut dyn Visit) {
+        let (begun, ended, rejected) = self.call_counts();
+        let durations = self.durations();
+        let counts = OUTCOMES.into_iter().zip(ended).chain([("rejected", rejected)]);
+        to.counts(&CALLS, "outcome", counts);
+        let all_ended = ended.iter().sum::<u64>() + rejected;
+        to.count(&CALL_ACTIVE, begun.saturating_sub(all_ended));
+        for (outcome, durations) in OUTCOMES.into_iter().zip(durations) {
+            to.sample(&CALL_DURATION, &[("outcome", outcome)], Value::Histogram(durations));
+        }
+    }
+}
