@@ -1,7 +1,7 @@
 //! The connection layer and its clients over pipes in memory: caps, queues, lifetimes and snapshots.
 
 mod caps;
-mod fixtures;
+pub mod fixtures;
 mod lifetime;
 mod queue;
 mod random;

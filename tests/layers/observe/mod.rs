@@ -1,10 +1,14 @@
 //! The values of metrics after scripted scenarios. Each test reads the text page, as Prometheus does.
 
 mod breaker;
+mod connect;
+mod health;
+mod lifecycle;
 mod limit;
 mod page;
 mod registry;
 mod retry;
+mod stack;
 mod time;
 
 use std::collections::BTreeMap;
@@ -55,6 +59,15 @@ impl Page {
             .into_iter()
             .filter_map(|(series, _)| series.split_once(&*start)?.1.split('"').next())
             .collect()
+    /// Returns the values of one label of a metric, in the order of the page.
+    #[track_caller]
+    pub fn labels(&self, name: &str, label: &str) -> Vec<&str> {
+        let start = format!("{label}=\"");
+        let value = |series: &str| {
+            let at = series.find(&start).expect(series) + start.len();
+            at..at + series[at..].find('"').expect(series)
+        };
+        self.family(name).into_iter().map(|(series, _)| &series[value(series)]).collect()
     }
 
     pub fn sum(&self, name: &str) -> f64 {
