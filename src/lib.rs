@@ -298,6 +298,7 @@ pub mod limit;
 pub mod listener;
 #[cfg(feature = "observe")]
 #[cfg_attr(docsrs, doc(cfg(feature = "observe")))]
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 pub mod observe;
 #[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod origin;

@@ -35,8 +35,8 @@ use super::{
     semaphore::PermitPair,
     state::ConnectState,
     streams::{Lane, Opening, Pick, StreamPermit, Streams},
-    wait_times::WaitResult,
 };
+use crate::time::WaitResult;
 use crate::{origin::Origin, outcome::Rejected};
 
 /// The permission to ask the pool for a connection.

@@ -15,8 +15,10 @@ use super::{
     semaphore::{PermitPair, ShrinkableSemaphore},
     state::ConnectState,
     streams::Streams,
-    wait_times::WaitResult,
 };
+use std::time::Duration;
+
+use crate::time::WaitResult;
 use crate::{origin::Origin, time::Nanos};
 
 /// The permits and queues of one host.
@@ -242,7 +244,7 @@ impl Drop for QueueEntry<'_> {
         shared.counts.waiting.fetch_sub(1, Ordering::AcqRel);
         let waited = shared.clock.now().saturating_sub(self.since);
         shared.counts.waited.fetch_add(waited, Ordering::Relaxed);
-        shared.counts.wait_times.record(self.result, waited);
+        shared.counts.wait_times.record(self.result, Duration::from_nanos(waited));
     }
 }
 

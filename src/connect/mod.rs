@@ -174,7 +174,6 @@ mod semaphore;
 mod state;
 mod streams;
 mod tcp;
-mod wait_times;
 
 pub use self::{
     client::{Client, ClientBuilder, ClientResponseFuture},

@@ -48,7 +48,7 @@ impl Observed for ConnectState {
         to.counts(&QUEUE_DEPTH, "layer", [(LAYER, waiting)]);
         let max_waiting = self.settings.queue_length() as u64;
         to.counts(&QUEUE_LIMIT, "layer", [(LAYER, max_waiting)]);
-        for (result, times) in counts.wait_times.snapshot() {
+        for (result, times) in counts.wait_times.snapshots() {
             let labels = [("layer", LAYER), ("result", result)];
             to.sample(&QUEUE_WAIT_DURATION, &labels, Value::Histogram(times));
         }

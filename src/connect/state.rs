@@ -53,9 +53,9 @@ use super::{
     resolve::Lookups,
     semaphore::{NO_LIMIT, PermitPair, SemaphorePermit, ShrinkableSemaphore},
     streams::{Lane, Streams},
-    wait_times::{WaitResult, WaitTimes},
 };
 use crate::sync::{Mutex, MutexGuard};
+use crate::time::{WaitResult, WaitTimes};
 use crate::{
     event::event,
     fault::NameCell,

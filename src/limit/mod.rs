@@ -183,7 +183,6 @@ mod sweeper;
 mod tag;
 mod upgrade;
 mod wait;
-mod wait_times;
 
 pub use self::{
     handle::{ConcurrencyLimitHandle, ConcurrencyLimitSnapshot},

@@ -42,11 +42,9 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{
-    partition::{PartitionIndex, Priority, PriorityThreshold, Shares},
-    wait_times::{WaitResult, WaitTimes},
-};
+use super::partition::{PartitionIndex, Priority, PriorityThreshold, Shares};
 use crate::time::RecentLatency;
+use crate::time::{WaitResult, WaitTimes};
 
 /// A queue entry: the index of its queue and its number. Numbers increase with each entry and are never reused.
 pub(super) type EntryId = (PartitionIndex, u64);

@@ -24,9 +24,9 @@ metrics! {
     CALL_ACTIVE = "buttress.call.active", UpDownCounter, "{call}", ["name"],
         "Whole calls that have begun and not ended.";
     CALL_DURATION = "buttress.call.duration", Histogram, "s", ["name", "outcome"],
-        "The time from the beginning of a call to its response head, or to its end without one. Rejected calls are left out.";
+        "The time from the beginning of a call to its response head, or to its end without one, by the outcome known then. Rejected calls are left out.";
     REJECTIONS_METRIC = "buttress.rejections", Counter, "{call}", ["name", "layer", "reason"],
-        "Calls that a layer has rejected.";
+        "Calls that a layer has rejected. The rejections of the lifecycle layer have no name.";
     SHADOW_REJECTIONS = "buttress.shadow_rejections", Counter, "{call}", ["name", "layer"],
         "Calls that a layer in shadow mode would have rejected.";
     BREAKER_STATE = "buttress.breaker.state", UpDownCounter, "{circuit}", ["name", "state"],
@@ -64,7 +64,7 @@ metrics! {
     CONCURRENCY_EXEMPT_ACTIVE = "buttress.concurrency.exempt.active", UpDownCounter, "{call}", ["name"],
         "Exempt calls in flight.";
     CONCURRENCY_CHANGES = "buttress.concurrency.changes", Counter, "{change}", ["name", "reason"],
-        "Changes of an adaptive limit, by reason.";
+        "Changes of an adaptive limit, by reason. Absent for a fixed limit.";
     QUEUE_DEPTH = "buttress.queue.depth", UpDownCounter, "{call}", ["name", "layer"],
         "Calls that wait in the queue of a layer.";
     QUEUE_LIMIT = "buttress.queue.limit", Gauge, "{call}", ["name", "layer"],
@@ -74,7 +74,7 @@ metrics! {
     RETRY_ATTEMPTS = "buttress.retry.attempts", Counter, "{attempt}", ["name", "reason"],
         "Retries, by the reason of the failure before them.";
     RETRY_DECLINED = "buttress.retry.declined", Counter, "{call}", ["name", "reason"],
-        "Failed calls for which no further attempt was made, by reason.";
+        "Failed calls for which no further attempt was made, by reason. Calls that end with a response that is not retryable are left out.";
     RETRY_RECOVERIES = "buttress.retry.recoveries", Counter, "{call}", ["name"],
         "Calls that succeeded after a retry.";
     RETRY_CALL_RETRIES = "buttress.retry.call.retries", Histogram, "{retry}", ["name"],
@@ -92,11 +92,11 @@ metrics! {
     HEDGE_DECLINED = "buttress.hedge.declined", Counter, "{call}", ["name", "reason"],
         "Hedge attempts that were due and not sent, by reason.";
     HEDGE_DELAY = "buttress.hedge.delay", Gauge, "s", ["name"],
-        "The time after which a hedge attempt is sent.";
+        "The time after which a hedge attempt is sent. Absent while none is sent.";
     TIMEOUTS = "buttress.timeouts", Counter, "{call}", ["name", "layer", "phase"],
         "Calls that a timeout or a deadline has ended, by phase.";
     CONNECTION_COUNT = "buttress.connection.count", UpDownCounter, "{connection}", ["name", "state"],
-        "Connections, by state.";
+        "Connections, by state. A connection whose uses are not reported counts as idle.";
     CONNECTION_LIMIT = "buttress.connection.limit", Gauge, "{connection}", ["name", "scope"],
         "The maximum number of connections. Absent if there is none.";
     CONNECTION_OPENED = "buttress.connection.opened", Counter, "{connection}", ["name"],
@@ -112,9 +112,9 @@ metrics! {
     PROBE_RUNS = "buttress.probe.runs", Counter, "{probe}", ["name", "result"],
         "Health probes that have ended, by result.";
     PROBE_LAST_DURATION = "buttress.probe.last.duration", Gauge, "s", ["name"],
-        "The duration of the last health probe.";
+        "The duration of the last health probe. Absent before the first one.";
     PROBE_LAST_TIMESTAMP = "buttress.probe.last.timestamp", Gauge, "s", ["name"],
-        "The end of the last health probe, in seconds since 1970.";
+        "The end of the last health probe, in seconds since 1970. Absent before the first one.";
     HEALTH_CHECK_STATE = "buttress.health.check.state", UpDownCounter, "{check}", ["check", "critical", "state"],
         "1 for the state of the health check, 0 for the other states.";
     HEALTH_READY = "buttress.health.ready", Gauge, "{process}", [],

@@ -24,11 +24,13 @@
 //!
 //! Each layer needs a name (`.name("search")`) before [`watch`](Registry::watch): the label `name` of its metrics. Two
 //! layers of the same kind need different names. The layers of one stack should have the same name, so that rules can
-//! combine their metrics.
+//! combine their metrics. The handle of a stack watches all of its layers under the name of its configuration. A
+//! [health registry](crate::health::Health) and a [lifecycle](crate::lifecycle::Lifecycle) exist once in a process, so
+//! they need no name, and their metrics have no label `name`.
 //!
 //! # Labels
 //!
-//! All labels except `name` have closed sets of values. Every value of a set is exported from the first scrape, with 0:
+//! All labels except `name`, `check` and `version` have closed sets of values. Every value of a set is exported from the first scrape, with 0:
 //! otherwise `rate()` would miss the first increment.
 
 mod endpoint;

@@ -15,7 +15,12 @@ impl Observe for ClientHandle {
     fn parts(&self) -> Vec<Part> {
         let stack = &self.stack;
         let mut parts = vec![meter(&stack.meter)];
+        parts.extend(stack.deadline.handle().parts());
+        parts.extend(stack.retry.handle().parts());
+        parts.extend(stack.hedge.handle().parts());
         parts.extend(stack.breaker.handle().parts());
+        parts.extend(stack.limit.handle().parts());
+        parts.extend(stack.timeout.handle().parts());
         #[cfg(feature = "connect")]
         parts.extend(stack.connections.iter().flat_map(Observe::parts));
         parts.extend(stack.probe.iter().flat_map(Observe::parts));
@@ -30,7 +35,10 @@ impl Sealed for ServerHandle {}
 impl Observe for ServerHandle {
     fn parts(&self) -> Vec<Part> {
         let stack = &self.stack;
-        let parts = vec![meter(&stack.meter)];
+        let mut parts = vec![meter(&stack.meter)];
+        parts.extend(stack.deadline.handle().parts());
+        parts.extend(stack.limit.handle().parts());
+        parts.extend(stack.timeout.handle().parts());
         let name = stack.now.config().name;
         parts.into_iter().map(|part| part.named(&name)).collect()
     }

@@ -56,7 +56,7 @@ fn errors_of_invalid_values_name_keys() {
         let Ok(config) = ClientConfig::from_toml(text) else { continue };
         let Err(errors) = config.check() else { continue };
         for error in errors.iter() {
-            let exists = ClientConfig::default().source(&error.field).is_some();
+            let exists = ClientConfig::default().source(error.field).is_some();
             assert!(exists, "{text:?}: {error}");
         }
     }

@@ -58,15 +58,15 @@ async fn unused_limit_has_every_reason_and_result() {
     let (registry, _service, _watch) = over(ConcurrencyLimitLayer::adaptive(Knee::default()));
     let page = Page::of(&registry);
     assert_eq!(
-        page.values("buttress_rejections_total", "reason"),
+        page.labels("buttress_rejections_total", "reason"),
         ["deadline_passed", "limit_reached", "outranked", "queue_timeout"]
     );
     assert_eq!(
-        page.values("buttress_concurrency_changes_total", "reason"),
+        page.labels("buttress_concurrency_changes_total", "reason"),
         ["by_hand", "drain", "drained", "dropped", "headroom", "other", "queued", "slower"]
     );
     assert_eq!(
-        page.values(&format!("{WAITS}_count"), "result"),
+        page.labels(&format!("{WAITS}_count"), "result"),
         ["abandoned", "admitted", "rejected"]
     );
     assert_eq!(page.family(&format!("{WAITS}_bucket")).len(), 3 * 13);

@@ -52,13 +52,6 @@ impl Page {
         self.0.keys().filter(is_of).map(|series| (&**series, self.0[series])).collect()
     }
 
-    /// Returns the values of a label in the samples of a metric.
-    pub fn values(&self, name: &str, label: &str) -> Vec<&str> {
-        let start = format!("{label}=\"");
-        self.family(name)
-            .into_iter()
-            .filter_map(|(series, _)| series.split_once(&*start)?.1.split('"').next())
-            .collect()
     /// Returns the values of one label of a metric, in the order of the page.
     #[track_caller]
     pub fn labels(&self, name: &str, label: &str) -> Vec<&str> {

@@ -73,7 +73,7 @@ async fn unused_retry_has_every_reason() {
     registry.watch(&layer.handle()).unwrap();
     let page = Page::of(&registry);
     assert_eq!(page.family("buttress_retry_attempts_total").len(), 23);
-    let reasons = page.values("buttress_retry_declined_total", "reason");
+    let reasons = page.labels("buttress_retry_declined_total", "reason");
     assert_eq!(reasons.len(), 15);
     assert!(reasons.contains(&"budget_used_up") && !reasons.contains(&"responded"), "{reasons:?}");
     assert_eq!(page.sum("buttress_retry_attempts_total"), 0.0);
@@ -256,7 +256,7 @@ async fn hedge_attempts_and_their_wins_are_counted() {
     assert_eq!(of(&page, "hedge_attempts_total"), 0.0);
     assert_eq!(of(&page, "hedge_wins_total"), 0.0);
     assert_eq!(
-        page.values("buttress_hedge_declined_total", "reason"),
+        page.labels("buttress_hedge_declined_total", "reason"),
         ["body", "budget_used_up", "deadline_passed"]
     );
     assert_eq!(of(&page, "hedge_delay_seconds"), 0.1);

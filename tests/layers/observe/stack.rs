@@ -73,6 +73,15 @@ async fn unused_stack_exports_all_outcomes_with_0_under_its_name() {
     let page = Page::of(&registry);
     assert_eq!(page.get(r#"buttress_breaker_state{name="search",state="closed"}"#), 1.0);
     assert_eq!(page.family("buttress_call_duration_seconds_bucket").len(), 4 * 15);
+    for layer in ["circuit_breaker", "concurrency_limit", "deadline", "timeout"] {
+        let rejections = page.labels("buttress_rejections_total", "layer");
+        assert!(rejections.contains(&layer), "{layer}: {rejections:?}");
+    }
+    assert_eq!(page.sum("buttress_rejections_total"), 0.0);
+    assert_eq!(page.get(r#"buttress_concurrency_usage{name="search"}"#), 0.0);
+    assert_eq!(page.get(r#"buttress_hedge_attempts_total{name="search"}"#), 0.0);
+    assert_eq!(page.get(r#"buttress_retry_recoveries_total{name="search"}"#), 0.0);
+    assert!(page.family("buttress_timeouts_total").len() > 7);
     let error = registry.watch(&stack.handle()).unwrap_err();
     assert_eq!((error.field, error.value.as_str()), ("name", "\"search\""));
 }
@@ -95,7 +104,7 @@ async fn calls_and_their_durations_are_counted_by_outcome() {
     assert_eq!((active(&registry), calls(&registry)), (0.0, [0.0, 0.0, 0.0, 1.0, 0.0]));
     call("/500").await.unwrap();
     call("/429").await.unwrap();
-    drop(tokio::time::timeout(ms(50), call("/200")).await.unwrap_err());
+    assert!(tokio::time::timeout(ms(50), call("/200")).await.is_err());
     assert_eq!(calls(&registry), [1.0, 1.0, 0.0, 1.0, 1.0]);
     assert_eq!(durations(&registry), [(1.0, 0.05), (1.0, 0.5), (1.0, 0.2), (1.0, 0.4)]);
 

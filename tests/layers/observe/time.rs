@@ -49,7 +49,7 @@ async fn timeouts_count_by_phase() {
     let registry = Registry::new();
     registry.watch(&layer.handle()).unwrap();
     let page = Page::of(&registry);
-    assert_eq!(page.values("buttress_timeouts_total", "phase"), PHASES);
+    assert_eq!(page.labels("buttress_timeouts_total", "phase"), PHASES);
     assert_eq!(page.sum("buttress_timeouts_total"), 0.0);
     assert_eq!(rejected(&page, "timeout"), 0.0);
     let service = layer.layer(service_fn(never));
