@@ -18,6 +18,7 @@ pub(crate) enum WaitResult {
 
 /// The waits that have ended, by result. In a box, so that they do not separate the fields that admissions use.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "observe"), derive(Default))]
 pub(crate) struct WaitTimes(
     #[cfg(feature = "observe")] Box<[FixedHistogram<{ WAIT_BOUNDS.len() + 1 }>; 3]>,
 );
@@ -39,13 +40,6 @@ impl WaitTimes {
     pub(crate) fn snapshots(&self) -> [(&'static str, HistogramSnapshot); 3] {
         let [admitted, rejected, abandoned] = self.0.each_ref().map(FixedHistogram::snapshot);
         [("admitted", admitted), ("rejected", rejected), ("abandoned", abandoned)]
-    }
-}
-
-#[cfg(not(feature = "observe"))]
-impl Default for WaitTimes {
-    fn default() -> Self {
-        Self()
     }
 }
 
