@@ -348,7 +348,7 @@ def rows() -> list[tuple[str, list[dict]]]:
         ("Connections", [
             series("Connections by state", 8, "short",
                 "Open connections, and their limits. Normal: some idle connections, and a total below the limit.",
-                query(f"sum by (name, state) ({layer('connection_count')})", "{{name}} {{state}}"),
+                query(f"sum by (name, state) ({layer('connections')})", "{{name}} {{state}}"),
                 query(f"sum by (name, scope) ({layer('connection_limit')})", "{{name}} limit: {{scope}}"),
                 stack=True, overrides=[dashed(" limit: ", RED)]),
             series("Opened and closed connections", 8, "ops",

@@ -1,4 +1,5 @@
-//! The layers with servers and clients that are not part of a Rust build: nginx, Varnish, Node.js, curl, grpcio, httpx.
+//! The layers with servers and clients that are not part of a Rust build: nginx, Varnish, Node.js, curl, grpcio,
+//! httpx, Prometheus.
 //!
 //! A test whose program is not installed prints a line and passes. With `BUTTRESS_REQUIRE_REAL` set it fails.
 
@@ -8,5 +9,6 @@ mod servers {
     mod default_stacks;
     mod drain;
     mod nginx;
+    mod observe;
     mod uploads;
 }

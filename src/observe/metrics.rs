@@ -95,7 +95,7 @@ metrics! {
         "The time after which a hedge attempt is sent. Absent while none is sent.";
     TIMEOUTS = "buttress.timeouts", Counter, "{call}", ["name", "layer", "phase"],
         "Calls that a timeout or a deadline has ended, by phase.";
-    CONNECTION_COUNT = "buttress.connection.count", UpDownCounter, "{connection}", ["name", "state"],
+    CONNECTION_COUNT = "buttress.connections", UpDownCounter, "{connection}", ["name", "state"],
         "Connections, by state. A connection whose uses are not reported counts as idle.";
     CONNECTION_LIMIT = "buttress.connection.limit", Gauge, "{connection}", ["name", "scope"],
         "The maximum number of connections. Absent if there is none.";

@@ -16,7 +16,7 @@ fn watched(layer: ConnectLayer) -> (Registry, ConnectLayer) {
 }
 
 fn count(registry: &Registry, state: &str) -> f64 {
-    let series = format!(r#"buttress_connection_count{{name="search",state="{state}"}}"#);
+    let series = format!(r#"buttress_connections{{name="search",state="{state}"}}"#);
     Page::of(registry).get(&series)
 }
 
@@ -40,7 +40,7 @@ async fn unused_layer_exports_all_labels_with_0() {
     let (registry, layer) = watched(ConnectLayer::new());
     let page = Page::of(&registry);
     for (metric, label, values) in [
-        ("buttress_connection_count", "state", &["active", "connecting", "idle"][..]),
+        ("buttress_connections", "state", &["active", "connecting", "idle"][..]),
         (
             "buttress_connection_closed_total",
             "reason",

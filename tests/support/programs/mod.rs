@@ -2,6 +2,7 @@
 
 pub mod directory;
 pub mod nginx;
+pub mod prometheus;
 
 use std::{env, io::Write, thread, time::Duration};
 
