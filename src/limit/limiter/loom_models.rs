@@ -1,6 +1,9 @@
 //! Loom models of acquiring, releasing and passing on permits: they check every interleaving.
 
-use std::{sync::atomic::AtomicUsize, task::Wake};
+use std::{
+    sync::{Arc, atomic::AtomicUsize},
+    task::Wake,
+};
 
 use loom::{sync::Arc as Both, thread};
 
