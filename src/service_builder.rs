@@ -18,8 +18,8 @@ use crate::{hedge::HedgeLayer, retry::RetryLayer};
 /// Methods of tower's [`ServiceBuilder`] for the layers of this crate.
 ///
 /// Each does the same as [`ServiceBuilder::layer`] with the same layer. The methods are listed in the order of the
-/// layers of a client, outermost first. A name is in the plural where `ServiceBuilder` has a method of the singular
-/// name for tower's own layer.
+/// layers of a client, outermost first. `retries`, `timeouts` and `concurrency` are not named `retry`, `timeout` and
+/// `concurrency_limit`, because these methods of `ServiceBuilder` add tower's own layers.
 ///
 /// ```
 /// use buttress::{CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, ServiceBuilderExt};

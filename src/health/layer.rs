@@ -287,10 +287,10 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         self.with_gate(|gate| gate.set_shadow(true))
     }
 
-    /// Adds the gate to a set: while too many gates of the set are down, this gate admits calls although it is down. A
-    /// gate remains in its first set.
+    /// Adds the gate to a set when the layer builds a service: while too many gates of the set are down, this gate admits
+    /// calls although it is down. A gate remains in its first set.
     pub fn fail_open(self, set: &FailOpen) -> Self {
-        self.with_gate(|gate| gate.join(set))
+        self.with_gate(|gate| gate.set_fail_open(set))
     }
 
     /// Adds a listener that receives the result of each probe. It runs in the task of the prober. Its panics are

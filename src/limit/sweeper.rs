@@ -95,6 +95,9 @@ impl Sweeper {
                     number_held += held;
                     from += MAX_SLOTS_PER_YIELD;
                     yield_now().await;
+                    if !self.readers().is_sweeper(self.number) {
+                        return;
+                    }
                 }
             }
             if number_held == 0 && self.try_end() {

@@ -13,7 +13,6 @@ pub(crate) const WAIT_BOUNDS: &[f64] =
     &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 /// The bounds for the durations of calls, in seconds: those of OpenTelemetry's `http.client.request.duration`.
-#[allow(dead_code)] // Until the meter of a stack records into it.
 pub(crate) const CALL_BOUNDS: &[f64] =
     &[0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 

@@ -457,8 +457,8 @@ impl<S: Clone, M: Clone> Layer<S> for RetryLayer<M> {
         let settings = self.handle.0.clone();
         settings.set_in_use();
         let mut fault = self.fault.clone();
-        if fault.is_none() {
-            fault = settings.contradiction().clone();
+        if let (true, Some(contradiction)) = (fault.is_none(), settings.contradiction()) {
+            fault = contradiction.clone();
         }
         fault.report("retry", "nothing is retried");
         let budget = settings.budget();

@@ -112,9 +112,10 @@ impl RetrySettings {
         checked
     }
 
-    /// Returns the contradiction in the settings with which the layer was used first.
-    pub(crate) fn contradiction(&self) -> &Fault {
-        self.contradiction.get_or_init(|| self.policy().check().err().into())
+    /// Returns the contradiction in the settings, if there is one now. All services share its report.
+    pub(crate) fn contradiction(&self) -> Option<&Fault> {
+        let error = self.policy().check().err()?;
+        Some(self.contradiction.get_or_init(|| Some(error).into()))
     }
 
     #[inline]

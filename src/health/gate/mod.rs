@@ -201,9 +201,8 @@ impl Gate {
             forked.immediate_failure = probing.immediate_failure;
             forked.listeners = probing.listeners.clone();
         }
-        // The fork joins the set when it is used: a gate without a prober would count as a member that is up.
         if let Some(set) = self.fail_open.get() {
-            let _ = new.fail_open.set(set.clone());
+            new.set_fail_open(set);
         }
         new
     }
@@ -217,8 +216,8 @@ impl Gate {
         // A layer may be applied for each connection, so the usual case only reads.
         if !self.is_in_use() {
             self.set_flag(IN_USE, true);
-            if let Some(set) = self.fail_open.get().cloned() {
-                self.join(&set);
+            if let Some(set) = self.fail_open.get() {
+                self.join(set);
             }
         }
     }
@@ -322,8 +321,13 @@ impl Gate {
         }
     }
 
-    /// Joins a set. The first set remains.
-    pub(super) fn join(&self, set: &FailOpen) {
+    /// Sets the set that the gate joins when it is used. The first set remains.
+    pub(super) fn set_fail_open(&self, set: &FailOpen) {
+        let _ = self.fail_open.set(set.clone());
+    }
+
+    /// Joins the set. A gate that is not used has no prober, and would count as a member that is up.
+    fn join(&self, set: &FailOpen) {
         let changed = {
             let mut probing = self.probing.lock();
             if probing.membership.is_some() {
@@ -331,7 +335,6 @@ impl Gate {
             }
             let mut membership = Membership::new(set, &self.changed);
             let changed = membership.set_down(probing.threshold.state() == ProbeState::Down);
-            let _ = self.fail_open.set(set.clone());
             probing.membership = Some(membership);
             changed
         };

@@ -127,8 +127,8 @@ async fn hedge_and_retry_forks_keep_settings() {
     assert!(format!("{fork:?}").contains("attempts: 7"), "{fork:?}");
 }
 
-/// All gates of the set that probe an upstream are down. A fork that wraps no service must not count as a gate that is
-/// up.
+/// All gates of the set that probe an upstream are down. A layer that wraps no service, forked or not, must not count
+/// as a gate that is up.
 #[tokio::test(start_paused = true)]
 async fn fork_without_a_service_does_not_count_in_its_fail_open_set() {
     use buttress::health::FailOpen;
@@ -144,6 +144,7 @@ async fn fork_without_a_service_does_not_count_in_its_fail_open_set() {
     let services = layers.each_ref().map(|layer| layer.layer(down()));
     // The application prepares a variant of the layer.
     let _variant = layers[0].clone().shadow();
+    let _unused = HealthProbeLayer::get::<Body>("/healthz").fail_open(&set);
     tokio::time::sleep(Duration::from_secs(60)).await;
     for layer in &layers {
         assert_eq!(layer.handle().state(), buttress::health::ProbeState::Down);

@@ -83,3 +83,16 @@ async fn contradiction_is_an_error_of_set_unprocessed() {
         "accepted, and then nothing is retried"
     );
 }
+
+/// The handle resolves a contradiction with which the layer was used. Services that are built later retry.
+#[tokio::test(start_paused = true)]
+async fn contradiction_that_the_handle_resolves_does_not_stay() {
+    let layer = RetryLayer::http()
+        .without_budget()
+        .backoff(Backoff::constant(Duration::from_millis(1)))
+        .unprocessed([StatusCode::TOO_MANY_REQUESTS])
+        .never_on(StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(attempts(&layer, 503).await, 1, "a misconfigured layer retries nothing");
+    layer.handle().set_unprocessed([]).unwrap();
+    assert_eq!(attempts(&layer, 503).await, 3);
+}
