@@ -287,6 +287,9 @@ pub mod health;
 pub mod hedge;
 #[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod indicator;
+#[cfg(any(feature = "health", feature = "observe"))]
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
+mod json;
 #[cfg(feature = "lifecycle")]
 #[cfg_attr(docsrs, doc(cfg(feature = "lifecycle")))]
 pub mod lifecycle;
@@ -308,6 +311,8 @@ pub mod outcome;
 pub mod permit;
 #[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
 mod redact;
+#[cfg_attr(not(feature = "full"), allow(unused, unreachable_pub))]
+mod report;
 #[cfg(feature = "reqwest")]
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub mod reqwest;

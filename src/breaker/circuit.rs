@@ -50,13 +50,14 @@ use super::{
     published::PublishedState,
     state::{CircuitSettings, CircuitState, CircuitToken, Rejection, Transition},
     sync_machine::SyncMachine,
-    trip::Trip,
+    trip::{Trip, TripReason},
 };
 use crate::{
     event::{RepeatedEvent, event},
     fault::NameCell,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor},
     permit::{FreeSlots, Measures, OwnedSlot, Release, ReleaseAt, Slot, SlotOwner, Token},
+    report::{ReportCell, StateChange},
     sealed::Sealed,
     sync::Mutex,
     time::{Clock, Nanos, nanos},
@@ -82,6 +83,8 @@ pub(crate) struct Circuit {
     changed: Arc<Notify>,
     clock: Clock,
     label: NameCell,
+    /// The registries that receive the changes.
+    reports: ReportCell,
     /// The number of rejected calls, in the order of [`REJECTIONS`].
     rejected: [AtomicU64; REJECTIONS.len()],
     /// Shadow mode: admits all calls, and counts those that it would reject.
@@ -127,6 +130,7 @@ impl Circuit {
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
             label: NameCell::default(),
+            reports: ReportCell::default(),
             rejected: Default::default(),
             shadow: AtomicBool::new(false),
             shadowed: AtomicU64::new(0),
@@ -415,6 +419,40 @@ impl Circuit {
             }
         }
         let _ = (name, passed, failed, probes);
+        self.report(change);
+    }
+
+    /// Reports a change of the reported state to the registries.
+    fn report(&self, change: Transition) {
+        let Transition { from, to, tripped, .. } = change;
+        if tripped.is_none() && from == to {
+            return;
+        }
+        let event = match to {
+            CircuitState::Closed => "circuit closed",
+            CircuitState::Open => "circuit opened",
+            CircuitState::HalfOpen => "circuit half-open",
+            CircuitState::ForcedOpen | CircuitState::ForcedClosed => "circuit forced",
+        };
+        self.reports.report(|| StateChange {
+            event,
+            reason: tripped.as_ref().map(TripReason::as_str),
+            why: match tripped {
+                Some(why) => why.to_string(),
+                None => format!("{} before", from.as_str()),
+            },
+        });
+    }
+
+    #[cfg(feature = "observe")]
+    pub(super) fn reports(&self) -> &ReportCell {
+        &self.reports
+    }
+
+    /// Returns the number of failures that the circuit has counted.
+    #[cfg(feature = "observe")]
+    pub(super) fn count_failures(&self) -> u64 {
+        self.read(|machine, _, now| machine.history(now).failures.iter().sum())
     }
 
     // ===== Waiting for a verdict =====

@@ -1,5 +1,7 @@
 //! Circuit breakers with a circuit for each key, such as an origin, a tenant or a route.
 
+#[cfg(feature = "observe")]
+use std::cmp::Reverse;
 use std::{
     fmt,
     hash::Hash,
@@ -13,6 +15,8 @@ use http::Request;
 use tokio::{sync::Notify, time::Instant};
 use tower_layer::Layer;
 
+#[cfg(feature = "observe")]
+use super::state::CircuitState;
 use super::{
     circuit::Circuit,
     handle::CircuitBreakerHandle,
@@ -26,6 +30,7 @@ use crate::{
     origin::Origin,
     outcome::{LayerKind, Rejected},
     permit::{Permit, ShardOrSlot, ShardedRef, Token},
+    sync::Mutex,
     time::{CallClock, Nanos},
 };
 
@@ -96,8 +101,11 @@ pub(super) struct KeyFns<Q> {
     /// Returns the key to store, which must not keep memory of the request alive.
     pub(super) to_stored: fn(&Q) -> Q,
     /// Writes the name of the key.
-    pub(super) write_name: fn(&Q, &mut ShortName) -> fmt::Result,
+    pub(super) write_name: WriteKeyName<Q>,
 }
+
+/// Writes the name of a key. Runs user code if the type of the key is the user's.
+type WriteKeyName<Q> = fn(&Q, &mut ShortName) -> fmt::Result;
 
 /// The circuits of a keyed layer.
 pub(super) struct Circuits<Q> {
@@ -108,7 +116,9 @@ pub(super) struct Circuits<Q> {
     full_at: AtomicU64,
     /// New circuits get its rules and settings.
     template: Breaker,
-    fns: KeyFns<Q>,
+    to_stored: fn(&Q) -> Q,
+    /// Read for each new key, and called after the lock is released.
+    write_name: Mutex<WriteKeyName<Q>>,
     evicted: AtomicU64,
     uncovered: AtomicU64,
     oversized: AtomicU64,
@@ -126,7 +136,8 @@ impl<Q> Circuits<Q> {
             max_key_bytes: AtomicUsize::new(max_key_bytes),
             full_at: AtomicU64::new(0),
             template,
-            fns,
+            to_stored: fns.to_stored,
+            write_name: Mutex::new(fns.write_name),
             evicted: AtomicU64::new(0),
             uncovered: AtomicU64::new(0),
             oversized: AtomicU64::new(0),
@@ -139,7 +150,8 @@ impl<Q> Circuits<Q> {
     fn fork(&self) -> Self {
         let max_keys = self.max_keys.load(Ordering::Relaxed);
         let max_key_bytes = self.max_key_bytes.load(Ordering::Relaxed);
-        let fns = KeyFns { to_stored: self.fns.to_stored, write_name: self.fns.write_name };
+        let write_name = *self.write_name.lock();
+        let fns = KeyFns { to_stored: self.to_stored, write_name };
         Self::new(max_keys, max_key_bytes, self.template.clone(), fns)
     }
 
@@ -191,7 +203,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
             return self.pass_uncovered(Uncovered::MaxKeys);
         };
         let circuit = self.new_circuit(key);
-        let inserted = self.map.insert(reservation, hash, (self.fns.to_stored)(key), circuit, now);
+        let inserted = self.map.insert(reservation, hash, (self.to_stored)(key), circuit, now);
         if inserted.is_none() {
             return self.pass_uncovered(Uncovered::MaxKeys);
         }
@@ -224,8 +236,9 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
     fn new_circuit(&self, key: &Q) -> ShardedRef<Circuit> {
         let circuit = ShardedRef::alone(self.template.like(true));
         let mut name = ShortName::new(self.template.named());
+        let write_name = *self.write_name.lock();
         // An error means that the name has reached its maximum.
-        let _ = (self.fns.write_name)(key, &mut name);
+        let _ = write_name(key, &mut name);
         circuit.name(&name.finish());
         circuit
     }
@@ -460,6 +473,23 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
         self.set(|circuits| circuits.set_max_key_bytes(max_key_bytes))
     }
 
+    /// Adds the key to the names of the circuits: in events, and in the metrics of as many keys as the registry
+    /// [permits](crate::observe::Registry::set_max_keys). Without it, the circuits have no names of their own.
+    ///
+    /// A name is shortened to 256 bytes. Use it only for keys that may be in logs: not for API keys or user names. It
+    /// applies to circuits of keys that arrive from now on. The circuits of
+    /// [`per_origin`](super::layer::CircuitBreakerLayer::per_origin) have names without it.
+    pub fn named_keys(self) -> Self
+    where
+        Id: fmt::Display,
+    {
+        self.set(|circuits| {
+            *circuits.write_name.lock() =
+                |key, name| fmt::Write::write_fmt(name, format_args!("{key}"));
+            Ok(())
+        })
+    }
+
     /// Changes a setting. A layer that has built a service gets a map of its own first.
     fn set(mut self, set: impl FnOnce(&Circuits<Id>) -> Result<(), ConfigError>) -> Self {
         let policy = &mut self.plan.policy;
@@ -574,12 +604,43 @@ impl<Q> Circuits<Q> {
         self.template.named()
     }
 
-    /// Returns the number of circuits in each state, in the order of `CircuitState::ALL`.
-    pub(super) fn count_states(&self) -> [u64; super::state::CircuitState::ALL.len()] {
-        let mut counts = [0; super::state::CircuitState::ALL.len()];
-        for entry in self.map.entries() {
-            counts[entry.value.state().state().0 as usize] += 1;
-        }
+    /// Returns the state of each circuit.
+    pub(super) fn of_keys(&self) -> Vec<KeyedCircuit> {
+        let prefix = self.template.named();
+        let read = |circuit: &Circuit| KeyedCircuit {
+            key: circuit.named().strip_prefix(prefix).unwrap_or_default().trim_start().to_owned(),
+            state: circuit.state().0,
+            failures: circuit.count_failures(),
+            rejected: circuit.rejected().iter().sum(),
+        };
+        self.map.entries().iter().map(|entry| read(entry.value.state())).collect()
+    }
+}
+
+/// The state of the circuit of one key.
+#[cfg(feature = "observe")]
+pub(super) struct KeyedCircuit {
+    /// The name of the key, without the name of the layer. Empty if the circuits have no names of their own.
+    pub(super) key: String,
+    pub(super) state: CircuitState,
+    pub(super) failures: u64,
+    pub(super) rejected: u64,
+}
+
+#[cfg(feature = "observe")]
+impl KeyedCircuit {
+    /// Orders circuits: first those with a name that are not closed, then those that have rejected or failed the most
+    /// calls.
+    pub(super) fn rank(&self) -> impl Ord + '_ {
+        let is_closed = self.state == CircuitState::Closed;
+        let (rejected, failures) = (Reverse(self.rejected), Reverse(self.failures));
+        (self.key.is_empty(), is_closed, rejected, failures, &self.key)
+    }
+
+    /// Returns the number of circuits in each state, in the order of [`CircuitState::ALL`].
+    pub(super) fn count_states(circuits: &[Self]) -> [u64; CircuitState::ALL.len()] {
+        let mut counts = [0; CircuitState::ALL.len()];
+        circuits.iter().for_each(|circuit| counts[circuit.state as usize] += 1);
         counts
     }
 }

@@ -1,17 +1,23 @@
 //! The metrics of a circuit breaker.
 
-use std::sync::{Arc, Weak};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use super::{
     circuit::{Circuit, REJECTIONS},
     handle::CircuitBreakerHandle,
-    keyed::{Circuits, KeyedCircuitBreakerHandle},
+    keyed::{Circuits, KeyedCircuit, KeyedCircuitBreakerHandle},
     state::CircuitState,
     trip::TripReason,
 };
 use crate::{
-    observe::{Observe, Observed, Part, Visit, metrics::*},
+    observe::{
+        Condition, ForceCircuit, Observe, Observed, Part, Severity, Value, Visit, metrics::*,
+    },
     outcome::{LayerKind, Reason},
+    report::ReportChange,
     sealed::Sealed,
 };
 
@@ -35,11 +41,57 @@ impl<Q: Send + Sync + 'static> Observe for KeyedCircuitBreakerHandle<Q> {
     }
 }
 
-/// A circuit has no series of its own: keys come from requests, and there may be many.
+/// A circuit has series of its own only for a limited number of keys: keys come from requests, and there may be many.
 impl<Q: Send + Sync + 'static> Observed for Circuits<Q> {
     fn observe(&self, to: &mut dyn Visit) {
-        let states = CircuitState::ALL.iter().map(CircuitState::as_str);
-        to.counts(&BREAKER_CIRCUITS, "state", states.zip(self.count_states()));
+        let mut circuits = self.of_keys();
+        let states = || CircuitState::ALL.iter().map(CircuitState::as_str);
+        to.counts(&BREAKER_CIRCUITS, "state", states().zip(KeyedCircuit::count_states(&circuits)));
+        let max_keys = to.max_keys();
+        if max_keys == 0 {
+            return;
+        }
+        // Circuits without names cannot be told apart, so they are combined.
+        circuits.sort_by(|a, b| a.rank().cmp(&b.rank()));
+        let named = circuits.iter().filter(|circuit| !circuit.key.is_empty()).count();
+        let others = circuits.split_off(named.min(max_keys));
+        for KeyedCircuit { key, state, .. } in &circuits {
+            for one in CircuitState::ALL {
+                let labels = [("key", &**key), ("state", one.as_str())];
+                to.sample(&BREAKER_STATE, &labels, Value::Count(u64::from(one == *state)));
+            }
+        }
+        // Absent without such keys, so that a layer with few keys has no series that is always 0.
+        if !others.is_empty() {
+            for (state, count) in states().zip(KeyedCircuit::count_states(&others)) {
+                let labels = [("key", "other"), ("state", state)];
+                to.sample(&BREAKER_STATE, &labels, Value::Count(count));
+            }
+            to.fold(others.len() as u64);
+        }
+    }
+
+    fn condition(&self) -> Condition {
+        let circuits = self.of_keys();
+        let counts = KeyedCircuit::count_states(&circuits);
+        let open = counts[CircuitState::Open as usize] + counts[CircuitState::ForcedOpen as usize];
+        let all = circuits.len() as u64;
+        let severity = match open {
+            0 => Severity::Healthy,
+            _ if open * 2 > all => Severity::Failing,
+            _ => Severity::Strained,
+        };
+        let state = if open > 0 { "open" } else { "closed" };
+        let sentence = match open {
+            0 => format!("None of {all} circuits is open."),
+            _ => format!("{open} of {all} circuits are open."),
+        };
+        let rejected: u64 = circuits.iter().map(|circuit| circuit.rejected).sum();
+        Condition::new(severity, state, sentence).count("open circuits", open, Some(all)).count(
+            "calls rejected",
+            rejected,
+            None,
+        )
     }
 }
 
@@ -77,5 +129,84 @@ impl Observed for Circuit {
         let (waiting, max_waiting) = self.waiting();
         to.counts(&QUEUE_DEPTH, "layer", [(LAYER, waiting.into())]);
         to.counts(&QUEUE_LIMIT, "layer", [(LAYER, max_waiting.into())]);
+    }
+
+    fn condition(&self) -> Condition {
+        let (state, left, seen, progress, isolations, last_trip, opened) =
+            self.read(|machine, times, now| {
+                (
+                    machine.state(),
+                    machine.until().saturating_sub(now),
+                    machine.call_stats(now, times),
+                    machine.half_open_progress(),
+                    machine.isolations(),
+                    machine.last_trip(),
+                    machine.opened(),
+                )
+            });
+        let rejected: u64 = self.rejected().iter().sum();
+        let why =
+            last_trip.map_or_else(|| "it has not opened yet".to_owned(), |why| why.to_string());
+        let severity = match state {
+            CircuitState::Closed => Severity::Healthy,
+            CircuitState::HalfOpen | CircuitState::ForcedClosed => Severity::Strained,
+            CircuitState::Open | CircuitState::ForcedOpen => Severity::Failing,
+        };
+        let sentence = match state {
+            CircuitState::Closed if opened == 0 => "The circuit is closed.".to_owned(),
+            CircuitState::Closed => format!("The circuit is closed. It has opened {opened} times."),
+            CircuitState::Open => format!("The circuit is open: {why}."),
+            CircuitState::HalfOpen => {
+                format!("The circuit is half-open. It opened because: {why}.")
+            }
+            CircuitState::ForcedOpen if isolations > 0 => {
+                format!("The circuit is held open by {isolations} isolations.")
+            }
+            CircuitState::ForcedOpen => "The circuit was forced open.".to_owned(),
+            CircuitState::ForcedClosed => {
+                "The circuit was forced closed, so it counts no outcomes.".to_owned()
+            }
+        };
+        let is_tripped = matches!(state, CircuitState::Open | CircuitState::HalfOpen);
+        let reason = last_trip.as_ref().filter(|_| is_tripped).map(TripReason::as_str);
+        let next = match state {
+            CircuitState::Closed => None,
+            CircuitState::Open => Some("Then calls are admitted as half-open probes."),
+            CircuitState::HalfOpen => Some("The results of the half-open probes close or open it."),
+            CircuitState::ForcedOpen if isolations > 0 => Some("It ends with the last isolation."),
+            CircuitState::ForcedOpen | CircuitState::ForcedClosed => {
+                Some("Reset it to end this state.")
+            }
+        };
+        let is_open = state == CircuitState::Open;
+        let mut condition = Condition::new(severity, state.as_str(), sentence)
+            .reason(reason)
+            .ends_in(is_open.then_some(Duration::from_nanos(left)))
+            .count("failures in a row", seen.consecutive_failures.into(), None);
+        condition.is_circuit = true;
+        condition.next = next.map(Into::into);
+        if seen.window_calls > 0 {
+            let calls = Some(seen.window_calls);
+            condition = condition.count("failures in the window", seen.window_failures, calls);
+        }
+        if let Some(progress) = progress {
+            let (passed, needed) = (progress.passed.into(), progress.needed.into());
+            condition = condition.count("passed half-open probes", passed, Some(needed));
+        }
+        condition.count("calls rejected", rejected, None).in_shadow_mode(self.is_shadow())
+    }
+
+    fn add_receiver(&self, receiver: Arc<dyn ReportChange>) {
+        self.reports().add(receiver);
+    }
+
+    fn force(&self, to: ForceCircuit) -> bool {
+        let to = match to {
+            ForceCircuit::Open => CircuitState::ForcedOpen,
+            ForceCircuit::Closed => CircuitState::ForcedClosed,
+            ForceCircuit::Reset => CircuitState::Closed,
+        };
+        self.change(|machine, at| Some(machine.force(to, at.now, at.times)));
+        true
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak, atomic::Ordering::Relaxed};
 
 use super::{handle::ConnectHandle, lifetime::CloseReason, state::ConnectState};
 use crate::{
-    observe::{Observe, Observed, Part, Value, Visit, metrics::*},
+    observe::{Condition, Observe, Observed, Part, Severity, Value, Visit, metrics::*},
     outcome::{LayerKind, RejectedKind},
     sealed::Sealed,
 };
@@ -52,5 +52,24 @@ impl Observed for ConnectState {
             let labels = [("layer", LAYER), ("result", result)];
             to.sample(&QUEUE_WAIT_DURATION, &labels, Value::Histogram(times));
         }
+    }
+
+    fn condition(&self) -> Condition {
+        let (open, waiting) = (self.count_open(), self.counts.waiting.load(Relaxed));
+        let max_waiting = self.settings.queue_length();
+        let (_, max_total) = self.caps();
+        let (severity, state) = match waiting {
+            0 => (Severity::Healthy, "free"),
+            _ if waiting >= max_waiting => (Severity::Failing, "full"),
+            _ => (Severity::Strained, "full"),
+        };
+        let sentence = match waiting {
+            0 => format!("{open} connections are open."),
+            _ => format!("{open} connections are open, and {waiting} calls wait for one."),
+        };
+        Condition::new(severity, state, sentence)
+            .count("connections", open as u64, max_total.map(|max| max as u64))
+            .count("waiting", waiting as u64, Some(max_waiting as u64))
+            .count("failed connects", self.counts.failed.load(Relaxed), None)
     }
 }

@@ -246,7 +246,7 @@ impl CheckRunner {
 
     fn notify(&self) {
         if let Some(registry) = self.registry.upgrade() {
-            registry.notify();
+            registry.notify_of(&self.entry);
         }
     }
 }

@@ -14,8 +14,9 @@ use super::{
     threshold::ProbeState,
 };
 use crate::{
-    observe::{Observe, Observed, Part, Value, Visit, metrics::*},
+    observe::{Condition, Observe, Observed, Part, Severity, Value, Visit, metrics::*},
     outcome::{LayerKind, RejectedKind},
+    report::ReportChange,
     sealed::Sealed,
 };
 
@@ -54,6 +55,47 @@ impl Observed for Gate {
         let ended = ended.duration_since(UNIX_EPOCH).unwrap_or_default();
         to.number(&PROBE_LAST_TIMESTAMP, ended.as_secs_f64());
     }
+
+    fn condition(&self) -> Condition {
+        let (state, last, error) = self
+            .with(|probing| (probing.threshold.state(), probing.last, probing.last_error.clone()));
+        let failure = last.and_then(|last| last.result.err()).map(|failure| failure.as_str());
+        let (severity, sentence) = match (state, failure) {
+            (ProbeState::Up, None) => (Severity::Healthy, "The upstream is up.".to_owned()),
+            (ProbeState::Up, Some(failure)) => {
+                let sentence =
+                    format!("The upstream is up, but its last health probe failed: {failure}.");
+                (Severity::Strained, sentence)
+            }
+            (ProbeState::Down, Some(failure)) => (
+                Severity::Failing,
+                format!("The upstream is down: its last health probe failed: {failure}."),
+            ),
+            (ProbeState::Down, None) => (
+                Severity::Failing,
+                "The upstream is down, but its last health probe passed.".to_owned(),
+            ),
+            (ProbeState::Unknown, _) => {
+                (Severity::Strained, "The state of the upstream is not known yet.".to_owned())
+            }
+        };
+        let mut condition = Condition::new(severity, state.as_str(), sentence)
+            .reason(failure)
+            .count("calls rejected", self.rejected(), None);
+        condition.detail = error.map(String::from);
+        if let Some(last) = last {
+            condition = condition.seconds("last health probe", last.took);
+        }
+        if state == ProbeState::Down {
+            condition = condition
+                .next("Health probes continue, and the layer admits calls when they pass.");
+        }
+        condition
+    }
+
+    fn add_receiver(&self, receiver: Arc<dyn ReportChange>) {
+        self.reports().add(receiver);
+    }
 }
 
 impl Sealed for Health {}
@@ -80,5 +122,34 @@ impl Observed for CheckRegistry {
         let is_ready =
             checks.iter().all(|(_, now, is_critical)| *now == CheckState::Pass || !is_critical);
         to.count(&HEALTH_READY, u64::from(is_ready));
+    }
+
+    fn condition(&self) -> Condition {
+        let checks = self.states();
+        let not_passed = |only_critical: bool| {
+            let names = checks.iter().filter(|(_, state, is_critical)| {
+                *state != CheckState::Pass && (*is_critical || !only_critical)
+            });
+            names.map(|(name, ..)| &**name).collect::<Vec<_>>()
+        };
+        let (critical, all) = (not_passed(true), not_passed(false));
+        let (severity, state) = match (critical.is_empty(), all.is_empty()) {
+            (false, _) => (Severity::Failing, "not_ready"),
+            (true, false) => (Severity::Strained, "ready"),
+            (true, true) => (Severity::Healthy, "ready"),
+        };
+        let sentence = match all.len() {
+            0 => format!("All {} health checks pass.", checks.len()),
+            failing => {
+                let names = all.join(", ");
+                format!("{failing} of {} health checks do not pass: {names}.", checks.len())
+            }
+        };
+        let (passed, checks) = ((checks.len() - all.len()) as u64, checks.len() as u64);
+        Condition::new(severity, state, sentence).count("passed", passed, Some(checks))
+    }
+
+    fn add_receiver(&self, receiver: Arc<dyn ReportChange>) {
+        self.reports.add(receiver);
     }
 }

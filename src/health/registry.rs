@@ -11,7 +11,12 @@ use std::{
 use tokio::{sync::Notify, time::timeout};
 
 use super::entry::{CheckEntry, CheckSnapshot, CheckState, HealthStatus};
-use crate::{error::ConfigError, redact, sync::Mutex};
+use crate::{
+    error::ConfigError,
+    redact,
+    report::{ReportCell, StateChange},
+    sync::Mutex,
+};
 
 /// Maximum length of the name of a check in bytes.
 const MAX_NAME_LENGTH: usize = 64;
@@ -35,6 +40,8 @@ pub(super) struct CheckRegistry {
     changed: Notify,
     /// The process stops, so `Watch` streams end.
     ended: AtomicBool,
+    /// The observing registries that receive the changes of the checks.
+    pub(super) reports: ReportCell,
 }
 
 impl Health {
@@ -154,6 +161,16 @@ impl CheckRegistry {
         let read =
             |entry: &Arc<CheckEntry>| (entry.name().to_owned(), entry.state(), entry.is_critical());
         self.checks.lock().iter().map(read).collect()
+    }
+
+    /// Notifies the watchers of a change of this check, and reports it. It runs wakers, so no lock may be held.
+    pub(super) fn notify_of(&self, entry: &CheckEntry) {
+        self.notify();
+        self.reports.report(|| StateChange {
+            event: if entry.state() == CheckState::Pass { "check passed" } else { "check failed" },
+            reason: None,
+            why: entry.name().to_owned(),
+        });
     }
 
     /// Increments the version and notifies the watchers. It runs wakers, so no lock may be held.

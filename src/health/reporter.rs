@@ -116,7 +116,7 @@ impl Reporter {
 impl Reporting {
     fn publish(&self, state: CheckState) {
         if self.entry.publish(state) {
-            self.registry.notify();
+            self.registry.notify_of(&self.entry);
         }
     }
 }

@@ -10,7 +10,7 @@ use super::{
     settings::{HedgeDeclineReason, HedgeSettings},
 };
 use crate::{
-    observe::{Observe, Observed, Part, Visit, metrics::*},
+    observe::{Condition, Observe, Observed, Part, Severity, Visit, metrics::*},
     sealed::Sealed,
 };
 
@@ -35,6 +35,22 @@ impl Observed for HedgeSettings {
         // Absent if no hedge attempt is sent, such as before a percentile is known.
         if let Some(delay) = self.delay() {
             to.number(&HEDGE_DELAY, delay.as_secs_f64());
+        }
+    }
+
+    fn condition(&self) -> Condition {
+        let (sent, won) = (self.sent.load(Relaxed), self.won.load(Relaxed));
+        let delay = self.delay();
+        let sentence = match delay {
+            Some(_) => format!("{won} of {sent} hedge attempts returned the response."),
+            None => "No hedge attempt is sent now.".to_owned(),
+        };
+        let condition = Condition::new(Severity::Healthy, "", sentence)
+            .count("hedge attempts", sent, None)
+            .count("won", won, Some(sent).filter(|sent| *sent > 0));
+        match delay {
+            Some(delay) => condition.seconds("delay", delay),
+            None => condition,
         }
     }
 }

@@ -7,8 +7,9 @@ use super::{
     state::{LifecyclePhase, LifecycleState},
 };
 use crate::{
-    observe::{Observe, Observed, Part, Visit, metrics::*},
+    observe::{Condition, Observe, Observed, Part, Severity, Visit, metrics::*},
     outcome::{LayerKind, RejectedKind},
+    report::ReportChange,
     sealed::Sealed,
 };
 
@@ -38,5 +39,34 @@ impl Observed for LifecycleState {
         to.count(&LIFECYCLE_ACTIVE, self.in_flight() as u64);
         let rejections = [(RejectedKind::ShuttingDown.as_str(), self.rejected())];
         to.counts_of(&REJECTIONS_METRIC, LAYER, "reason", rejections);
+    }
+
+    fn condition(&self) -> Condition {
+        let (phase, in_flight) = (self.phase(), self.in_flight());
+        let severity = match phase {
+            LifecyclePhase::Ready => Severity::Healthy,
+            LifecyclePhase::Stopped => Severity::Failing,
+            _ => Severity::Strained,
+        };
+        let sentence = match phase {
+            LifecyclePhase::Starting => "The process is starting. It is not ready yet.".to_owned(),
+            LifecyclePhase::Ready => "The process is ready.".to_owned(),
+            LifecyclePhase::Draining => {
+                format!("The process is draining: {in_flight} calls are in flight.")
+            }
+            LifecyclePhase::Stopping => {
+                format!("The process is stopping: {in_flight} calls are in flight.")
+            }
+            LifecyclePhase::Stopped => "The process has stopped.".to_owned(),
+        };
+        Condition::new(severity, phase.as_str(), sentence).count(
+            "in flight",
+            in_flight as u64,
+            None,
+        )
+    }
+
+    fn add_receiver(&self, receiver: Arc<dyn ReportChange>) {
+        self.reports.add(receiver);
     }
 }

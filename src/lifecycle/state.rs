@@ -21,6 +21,7 @@ use crate::{
     health::Reporter,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
     permit::{Permit, Release, ReleaseAt, ShardedArc, ShardedRef, Token},
+    report::{ReportCell, StateChange},
     sealed::Sealed,
     sync::Mutex,
 };
@@ -99,6 +100,8 @@ pub(crate) struct LifecycleState {
     rejected: AtomicU64,
     times: Mutex<DrainTimes>,
     reporter: Reporter,
+    /// The registries that receive the changes of the phase.
+    pub(super) reports: ReportCell,
     /// Wakes calls that wait for an inner service when calls begin to be rejected.
     closed_signal: Arc<Notify>,
     /// The task that runs [`drive`]. It ends with the state.
@@ -125,6 +128,7 @@ impl LifecycleState {
                 timeout: Duration::from_secs(20),
             }),
             reporter,
+            reports: ReportCell::default(),
             closed_signal: Arc::default(),
             driver: OnceLock::new(),
         }
@@ -237,6 +241,11 @@ impl LifecycleState {
                 in_flight = self.in_flight(),
                 "lifecycle"
             );
+            self.reports.report(|| StateChange {
+                event: phase.as_str(),
+                reason: None,
+                why: format!("{} calls are in flight", self.in_flight()),
+            });
         }
         // A step with a duration of zero is over before this function returns, without the driver task.
         match next {

@@ -5,7 +5,7 @@ use super::{
     partition::PartitionedLimitHandle,
 };
 use crate::{
-    observe::{Observe, Observed, Part, Value, Visit, metrics::*},
+    observe::{Condition, Observe, Observed, Part, Severity, Value, Visit, metrics::*},
     outcome::{LayerKind, RejectedKind},
     sealed::Sealed,
 };
@@ -58,5 +58,32 @@ impl Observed for Limiter {
             let labels = [("layer", LAYER), ("result", result)];
             to.sample(&QUEUE_WAIT_DURATION, &labels, Value::Histogram(times));
         }
+    }
+
+    fn condition(&self) -> Condition {
+        let (limit, in_flight) = (self.limit(), self.in_flight());
+        let (waiting, max_queue) = (self.waiting(), self.max_queue());
+        let (severity, state) = match () {
+            () if in_flight < limit => (Severity::Healthy, "free"),
+            () if max_queue > 0 && waiting >= max_queue => (Severity::Failing, "full"),
+            () => (Severity::Strained, "full"),
+        };
+        let mut sentence = format!("{in_flight} of {limit} calls are in flight");
+        if max_queue > 0 {
+            sentence.push_str(&format!(", and {waiting} of {max_queue} wait in the queue"));
+        }
+        sentence.push('.');
+        let mut condition = Condition::new(severity, state, sentence).count(
+            "in flight",
+            in_flight.into(),
+            Some(limit.into()),
+        );
+        if max_queue > 0 {
+            condition = condition.count("waiting", waiting.into(), Some(max_queue.into()));
+        }
+        if severity > Severity::Healthy {
+            condition = condition.next("The next call is admitted when a call in flight ends.");
+        }
+        condition.in_shadow_mode(self.is_shadow())
     }
 }

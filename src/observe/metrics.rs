@@ -29,8 +29,8 @@ metrics! {
         "Calls that a layer has rejected. The rejections of the lifecycle layer have no name.";
     SHADOW_REJECTIONS = "buttress.shadow_rejections", Counter, "{call}", ["name", "layer"],
         "Calls that a layer in shadow mode would have rejected.";
-    BREAKER_STATE = "buttress.breaker.state", UpDownCounter, "{circuit}", ["name", "state"],
-        "1 for the state of the circuit, 0 for the other states.";
+    BREAKER_STATE = "buttress.breaker.state", UpDownCounter, "{circuit}", ["name", "key", "state"],
+        "1 for the state of the circuit, 0 for the other states. The label key is absent unless the layer is keyed.";
     BREAKER_STATE_TIME = "buttress.breaker.state.time", Counter, "s", ["name", "state"],
         "The time that the circuit has spent in each state.";
     BREAKER_TRANSITIONS = "buttress.breaker.transitions", Counter, "{transition}", ["name", "state"],

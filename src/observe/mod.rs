@@ -34,22 +34,33 @@
 //! All labels except `name`, `check` and `version` have closed sets of values. Every value of a set is exported from the
 //! first scrape, with 0: otherwise `rate()` would miss the first increment.
 
+mod condition;
+mod decision;
 mod endpoint;
+mod episode;
 mod histogram;
+mod history;
 mod metric;
 pub(crate) mod metrics;
 mod registry;
+mod sampler;
+mod status;
 mod text;
 mod visit;
 
+pub(crate) use self::{
+    condition::Condition,
+    histogram::{CALL_BOUNDS, FixedHistogram, RETRY_BOUNDS, WAIT_BOUNDS},
+    visit::{ForceCircuit, Observed},
+};
 pub use self::{
+    condition::{Fact, Severity},
+    decision::{Decision, Decisions},
     endpoint::{MetricsEndpoint, MetricsEndpointLayer, MetricsService},
+    history::Track,
     metric::{HistogramSnapshot, Metric, MetricKind, Value},
     metrics::METRICS,
     registry::{NamedVisit, Registry},
+    status::{LayerStatus, Status},
     visit::{Observe, Part, Visit},
-};
-pub(crate) use self::{
-    histogram::{CALL_BOUNDS, FixedHistogram, RETRY_BOUNDS, WAIT_BOUNDS},
-    visit::Observed,
 };

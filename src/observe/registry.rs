@@ -2,18 +2,32 @@
 
 use std::{
     fmt,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::SystemTime,
 };
 
+use tokio::time::Instant;
+
 use super::{
+    decision::{DecisionLog, DecisionReporter, Decisions},
+    history::{LayerHistory, LayerSample},
     metric::{Metric, Value},
     metrics::{BUILD_INFO, FOLDED_SERIES},
-    visit::{Observe, Observed, Part, Visit},
+    visit::{ForceCircuit, Observe, Observed, Part, Visit},
 };
-use crate::{error::ConfigError, sync::Mutex};
+use crate::{
+    error::ConfigError,
+    sync::Mutex,
+    time::{Clock, Nanos},
+};
 
 /// The maximum length of a name in bytes. A name is the value of a label.
 const MAX_NAME_BYTES: usize = 64;
+/// The maximum number of keys of a keyed layer in the metrics.
+const MAX_KEYS: usize = 1000;
 
 /// The layers that the process observes.
 ///
@@ -30,23 +44,119 @@ const MAX_NAME_BYTES: usize = 64;
 /// assert!(registry.text().contains("buttress_breaker_state{name=\"search\",state=\"closed\"} 1"));
 /// # Ok(()) }
 /// ```
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Registry {
-    watched: Arc<Mutex<Vec<Arc<Watched>>>>,
+    layers: Arc<WatchedLayers>,
+}
+
+/// The layers of a registry, which its clones share.
+pub(super) struct WatchedLayers {
+    watched: Mutex<Vec<Arc<Watched>>>,
+    pub(super) log: Arc<DecisionLog>,
+    pub(super) clock: Clock,
+    /// The time at which the registry was made.
+    pub(super) started: SystemTime,
+    /// Whether a sampler runs.
+    pub(super) is_sampled: AtomicBool,
+    /// The maximum number of keys of each keyed layer in the metrics.
+    max_keys: AtomicUsize,
+    /// The number of keys that were combined, summed over all reads.
+    folded: AtomicU64,
 }
 
 /// One layer that is observed.
-struct Watched {
-    layer: &'static str,
-    name: Option<String>,
-    state: Weak<dyn Observed>,
+pub(super) struct Watched {
+    pub(super) layer: &'static str,
+    pub(super) name: Option<Arc<str>>,
+    pub(super) state: Weak<dyn Observed>,
+    pub(super) history: Mutex<LayerHistory>,
+}
+
+impl WatchedLayers {
+    /// Returns the layers that exist at this time.
+    pub(super) fn all(&self) -> Vec<Arc<Watched>> {
+        let mut watched = self.watched.lock();
+        watched.retain(|watched| watched.state.strong_count() > 0);
+        watched.clone()
+    }
+}
+
+impl Watched {
+    /// Returns the reporter of this layer.
+    pub(super) fn reporter(&self, log: &Arc<DecisionLog>) -> DecisionReporter {
+        DecisionReporter { log: Arc::downgrade(log), layer: self.layer, name: self.name.clone() }
+    }
+
+    /// Begins the history at this time.
+    pub(super) fn start_history(&self, now: Nanos) {
+        if let Some(state) = self.state.upgrade() {
+            let sample = LayerSample::of(&*state);
+            self.history.lock().start(sample, now);
+        }
+    }
 }
 
 impl Registry {
     /// Returns a registry that watches nothing.
     #[must_use]
     pub fn new() -> Self {
-        Self::default()
+        let layers = WatchedLayers {
+            watched: Mutex::default(),
+            log: Arc::default(),
+            clock: Clock::new(),
+            started: SystemTime::now(),
+            is_sampled: AtomicBool::new(false),
+            max_keys: AtomicUsize::new(0),
+            folded: AtomicU64::new(0),
+        };
+        Self { layers: Arc::new(layers) }
+    }
+
+    pub(super) fn layers(&self) -> &Arc<WatchedLayers> {
+        &self.layers
+    }
+
+    /// Sets for how many keys of each keyed layer the metrics have series of their own, with the label `key`. 0 by
+    /// default, because keys come from requests; 1000 or less.
+    ///
+    /// These are the keys whose circuits are not closed, or have rejected or failed the most calls. The others are
+    /// combined into the key `other`, and `buttress_observe_folded_series_total` counts them. The keys of a closure have
+    /// names only with [`named_keys`](crate::breaker::KeyedCircuitBreakerLayer::named_keys).
+    ///
+    /// # Errors
+    ///
+    /// Returns an error for more than 1000 keys.
+    pub fn set_max_keys(&self, max_keys: usize) -> Result<(), ConfigError> {
+        if max_keys > MAX_KEYS {
+            return Err(ConfigError::new("max_keys", max_keys, "use 1000 or less"));
+        }
+        self.layers.max_keys.store(max_keys, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Returns a receiver of the decisions from now on: changes of states with their reasons, and summaries of
+    /// rejections. It is the way to run code when a circuit opens:
+    ///
+    /// ```
+    /// # use buttress::{CircuitBreakerLayer, observe::Registry};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), buttress::ConfigError> {
+    /// let registry = Registry::new();
+    /// let breaker = CircuitBreakerLayer::http().name("search");
+    /// registry.watch(&breaker.handle())?;
+    /// let mut decisions = registry.decisions();
+    ///
+    /// breaker.handle().force_open();
+    /// let decision = decisions.next().await.expect("the registry exists");
+    /// assert_eq!((decision.layer, decision.event), ("circuit_breaker", "circuit forced"));
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// The registry keeps the last 256 decisions, so a slow receiver delays no layer. Summaries need the
+    /// [sampler](Self::run).
+    #[must_use]
+    pub fn decisions(&self) -> Decisions {
+        let log = &self.layers.log;
+        Decisions::after(log, log.last_id())
     }
 
     /// Watches the layer of a handle, all layers of the handle of a stack, the checks of a health registry, or a
@@ -62,30 +172,46 @@ impl Registry {
     /// kind, or a second health registry or lifecycle. Then nothing of the handle is watched.
     pub fn watch(&self, handle: &impl Observe) -> Result<(), ConfigError> {
         let parts = handle.parts();
-        let mut watched = self.watched.lock();
-        watched.retain(|watched| watched.state.strong_count() > 0);
-        for (nth, part) in parts.iter().enumerate() {
-            check_name(part)?;
-            let is_same = |layer: &str, name: &Option<String>| {
-                (layer, name.as_deref()) == (part.layer, part.name.as_deref())
+        let new: Vec<_> = {
+            let mut watched = self.layers.watched.lock();
+            watched.retain(|watched| watched.state.strong_count() > 0);
+            for (nth, part) in parts.iter().enumerate() {
+                check_name(part)?;
+                let is_same = |layer: &str, name: Option<&str>| {
+                    (layer, name) == (part.layer, part.name.as_deref())
+                };
+                let is_taken = watched
+                    .iter()
+                    .any(|other| is_same(other.layer, other.name.as_deref()))
+                    || parts[..nth].iter().any(|other| is_same(other.layer, other.name.as_deref()));
+                if is_taken {
+                    return Err(match &part.name {
+                        Some(name) => {
+                            let remedy = format!("give each {} a name of its own", part.layer);
+                            ConfigError::new("name", name, remedy)
+                        }
+                        None => {
+                            let remedy = format!("watch one {} for each registry", part.layer);
+                            ConfigError::new("part", part.layer, remedy)
+                        }
+                    });
+                }
+            }
+            let new = |Part { layer, name, state }| {
+                let name = name.map(Arc::from);
+                Arc::new(Watched { layer, name, state, history: Mutex::default() })
             };
-            let is_taken = watched.iter().any(|other| is_same(other.layer, &other.name))
-                || parts[..nth].iter().any(|other| is_same(other.layer, &other.name));
-            if is_taken {
-                return Err(match &part.name {
-                    Some(name) => {
-                        let remedy = format!("give each {} a name of its own", part.layer);
-                        ConfigError::new("name", name, remedy)
-                    }
-                    None => {
-                        let remedy = format!("watch one {} for each registry", part.layer);
-                        ConfigError::new("part", part.layer, remedy)
-                    }
-                });
+            let new: Vec<_> = parts.into_iter().map(new).collect();
+            watched.extend(new.iter().cloned());
+            new
+        };
+        let now = self.layers.clock.at(Instant::now());
+        for watched in new {
+            watched.start_history(now);
+            if let Some(state) = watched.state.upgrade() {
+                state.add_receiver(Arc::new(watched.reporter(&self.layers.log)));
             }
         }
-        let new = |Part { layer, name, state }| Arc::new(Watched { layer, name, state });
-        watched.extend(parts.into_iter().map(new));
         Ok(())
     }
 
@@ -93,13 +219,23 @@ impl Registry {
     pub fn visit(&self, to: &mut dyn NamedVisit) {
         let version = [("version", env!("CARGO_PKG_VERSION"))];
         to.sample(&BUILD_INFO, None, &version, Value::Count(1));
-        let watched = self.watched.lock().clone();
-        for watched in watched {
+        let max_keys = self.layers.max_keys.load(Ordering::Relaxed);
+        let folded = &self.layers.folded;
+        for watched in self.layers.all() {
             if let Some(state) = watched.state.upgrade() {
-                state.observe(&mut Named { name: watched.name.as_deref(), to });
+                state.observe(&mut Named { name: watched.name.as_deref(), max_keys, folded, to });
             }
         }
-        to.sample(&FOLDED_SERIES, None, &[], Value::Count(0));
+        to.sample(&FOLDED_SERIES, None, &[], Value::Count(folded.load(Ordering::Relaxed)));
+    }
+
+    #[allow(dead_code)] // For the live page.
+    /// Forces the state of a circuit. Returns `false` if no circuit with this name is watched.
+    pub(super) fn force(&self, name: &str, to: ForceCircuit) -> bool {
+        self.layers.all().iter().any(|watched| {
+            watched.name.as_deref() == Some(name)
+                && watched.state.upgrade().is_some_and(|state| state.force(to))
+        })
     }
 }
 
@@ -135,6 +271,8 @@ pub trait NamedVisit {
 /// Adds the name of a layer to its metrics. A metric of a part of the process has no name.
 struct Named<'a> {
     name: Option<&'a str>,
+    max_keys: usize,
+    folded: &'a AtomicU64,
     to: &'a mut dyn NamedVisit,
 }
 
@@ -142,11 +280,25 @@ impl Visit for Named<'_> {
     fn sample(&mut self, metric: &'static Metric, labels: &[(&'static str, &str)], value: Value) {
         self.to.sample(metric, self.name.filter(|_| metric.is_named()), labels, value);
     }
+
+    fn max_keys(&self) -> usize {
+        self.max_keys
+    }
+
+    fn fold(&mut self, keys: u64) {
+        self.folded.fetch_add(keys, Ordering::Relaxed);
+    }
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl fmt::Debug for Registry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let watched = self.watched.lock().clone();
+        let watched = self.layers.all();
         let names = watched.iter().map(|watched| (watched.layer, &watched.name));
         f.debug_struct("Registry").field("watched", &names.collect::<Vec<_>>()).finish()
     }

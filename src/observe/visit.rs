@@ -1,14 +1,25 @@
 //! How a registry reads the state of a layer.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
-use super::metric::{Metric, Value};
-use crate::{sealed::Sealed, time::Nanos};
+use super::{
+    condition::Condition,
+    metric::{Metric, Value},
+};
+use crate::{report::ReportChange, sealed::Sealed, time::Nanos};
 
 /// Receives the values of metrics.
 pub trait Visit {
     /// Receives one value. The labels do not contain the `name`.
     fn sample(&mut self, metric: &'static Metric, labels: &[(&'static str, &str)], value: Value);
+
+    /// Returns the maximum number of keys of a keyed layer whose values are visited.
+    fn max_keys(&self) -> usize {
+        0
+    }
+
+    /// Receives the number of keys that were combined into the key `other`.
+    fn fold(&mut self, _keys: u64) {}
 }
 
 /// The methods for the forms of values that layers have.
@@ -82,6 +93,27 @@ pub(crate) trait Observed: Send + Sync + 'static {
     /// Visits the values of all metrics of this layer. Takes each lock of the layer at most once, and does not call the
     /// visitor under a lock.
     fn observe(&self, to: &mut dyn Visit);
+
+    /// Returns the state in words. Runs no user code.
+    fn condition(&self) -> Condition;
+
+    /// Adds a receiver of the changes of the state.
+    fn add_receiver(&self, _: Arc<dyn ReportChange>) {}
+
+    #[allow(dead_code)] // For the live page.
+    /// Forces the state of a circuit. Returns `false` if the layer is not a circuit.
+    fn force(&self, _: ForceCircuit) -> bool {
+        false
+    }
+}
+
+/// A change of a circuit by hand.
+#[allow(dead_code)] // For the live page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ForceCircuit {
+    Open,
+    Closed,
+    Reset,
 }
 
 /// A part of what a [`Registry`](super::registry::Registry) watches: one layer.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use super::{handle::RetryHandle, settings::RetrySettings};
 use crate::{
     attempt::GiveUpReason,
-    observe::{Observe, Observed, Part, Value, Visit, metrics::*},
+    observe::{Condition, Observe, Observed, Part, Severity, Value, Visit, metrics::*},
     outcome::{LayerKind, Reason},
     sealed::Sealed,
 };
@@ -37,5 +37,31 @@ impl Observed for RetrySettings {
             to.number(&RETRY_BUDGET_REMAINING, budget.balance());
             to.number(&RETRY_BUDGET_LIMIT, budget.max_balance());
         }
+    }
+
+    fn condition(&self) -> Condition {
+        let retries: u64 = self.counters.retries().iter().sum();
+        let recoveries = self.counters.recoveries();
+        let counted = |condition: Condition| {
+            condition.count("retries", retries, None).count("recovered calls", recoveries, None)
+        };
+        let Some(budget) = self.budget() else {
+            let sentence = "Retries are not limited by a budget.";
+            return counted(Condition::new(Severity::Healthy, "", sentence));
+        };
+        let (balance, max_balance) = (budget.balance(), budget.max_balance());
+        let balance_now = (balance * 10.0).floor() / 10.0;
+        let condition = if balance < 1.0 {
+            let sentence = format!(
+                "The retry budget is used up: {balance_now} of {max_balance:.0} retries are left."
+            );
+            Condition::new(Severity::Strained, "used_up", sentence)
+                .next("Successful calls refill the budget.")
+        } else {
+            let sentence =
+                format!("{balance_now} of {max_balance:.0} retries are left in the budget.");
+            Condition::new(Severity::Healthy, "", sentence)
+        };
+        counted(condition.number("retry budget", balance_now, Some(max_balance)))
     }
 }

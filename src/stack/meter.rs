@@ -22,6 +22,7 @@ use crate::{
     fault::Fault,
     outcome::{LayerKind, Outcome, OutcomeKind, Reason, Rejected},
     permit::{Permit, Release, ReleaseAt, Token},
+    report::ReportCell,
     sealed::Sealed,
     time::{Clock, Nanos, RecentLatency},
 };
@@ -40,6 +41,8 @@ pub(crate) struct MeterLayer {
     /// The number of latencies in the sum.
     timed: AtomicU64,
     recent: Mutex<RecentLatency>,
+    /// The registries that receive the changes of the settings of the stack.
+    pub(super) reports: ReportCell,
     /// The latencies since the stack was made, by the [`OutcomeKind`] at the end of the latency. `recent` cannot be
     /// exported, because its counts fall, and a histogram with fixed bounds has no percentile within 1 %.
     #[cfg(feature = "observe")]
@@ -68,6 +71,7 @@ impl MeterLayer {
             took: AtomicU64::new(0),
             timed: AtomicU64::new(0),
             recent: Mutex::new(RecentLatency::default()),
+            reports: ReportCell::default(),
             #[cfg(feature = "observe")]
             durations: std::array::from_fn(|_| FixedHistogram::new(CALL_BOUNDS)),
         })

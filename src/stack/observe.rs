@@ -4,7 +4,8 @@ use std::sync::{Arc, Weak};
 
 use super::{client::ClientHandle, meter::MeterLayer, server::ServerHandle};
 use crate::{
-    observe::{Observe, Observed, Part, Value, Visit, metrics::*},
+    observe::{Condition, Observe, Observed, Part, Severity, Value, Visit, metrics::*},
+    report::ReportChange,
     sealed::Sealed,
 };
 
@@ -63,5 +64,23 @@ impl Observed for MeterLayer {
         for (outcome, durations) in OUTCOMES.into_iter().zip(durations) {
             to.sample(&CALL_DURATION, &[("outcome", outcome)], Value::Histogram(durations));
         }
+    }
+
+    fn condition(&self) -> Condition {
+        let counts = self.counts();
+        let ended = counts.successes + counts.failures + counts.throttled + counts.cancelled;
+        let in_flight = counts.begun.saturating_sub(ended + counts.rejected);
+        let sentence = format!("{in_flight} calls are in flight.");
+        let mut condition = Condition::new(Severity::Healthy, "", sentence)
+            .count("in flight", in_flight, None)
+            .count("calls", ended + counts.rejected, None);
+        if let Some(p99) = counts.p99 {
+            condition = condition.seconds("p99", p99);
+        }
+        condition
+    }
+
+    fn add_receiver(&self, receiver: Arc<dyn ReportChange>) {
+        self.reports.add(receiver);
     }
 }

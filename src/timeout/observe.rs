@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 
 use super::settings::{TimeoutHandle, TimeoutState};
 use crate::{
-    observe::{Observe, Observed, Part, Visit, metrics::*},
+    observe::{Condition, Observe, Observed, Part, Severity, Visit, metrics::*},
     outcome::{LayerKind, RejectedKind, TimeoutPhase},
     sealed::Sealed,
 };
@@ -38,5 +38,16 @@ impl Observed for TimeoutState {
             "phase",
             phases.map(|(phase, count)| (phase.as_str(), count)),
         );
+    }
+
+    fn condition(&self) -> Condition {
+        let (rejected, timed_out) = self.counts();
+        let timed_out: u64 = timed_out.iter().sum();
+        let sentence = format!("{timed_out} calls have timed out since the start.");
+        Condition::new(Severity::Healthy, "", sentence).count("timed out", timed_out, None).count(
+            "calls rejected",
+            rejected,
+            None,
+        )
     }
 }

@@ -62,6 +62,7 @@ use crate::{
     error::ConfigError,
     event::event,
     fault::{LayerName, NameCell},
+    report::{ReportCell, StateChange},
     sync::{Mutex, MutexGuard},
     time::{Clock, Nanos, nanos},
     user_code::catch_panic,
@@ -86,6 +87,8 @@ pub(crate) struct Gate {
     changed: Arc<Notify>,
     clock: Clock,
     label: NameCell,
+    /// The registries that receive the changes of the state.
+    reports: ReportCell,
 }
 
 /// The bits of the [`ProbeState`].
@@ -184,6 +187,7 @@ impl Gate {
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
             label: NameCell::default(),
+            reports: ReportCell::default(),
         }
     }
 
@@ -350,6 +354,11 @@ impl Gate {
         state_of(self.word.load(Ordering::Acquire))
     }
 
+    #[cfg(feature = "observe")]
+    pub(super) fn reports(&self) -> &ReportCell {
+        &self.reports
+    }
+
     pub(super) fn now(&self) -> Nanos {
         self.clock.now()
     }
@@ -446,6 +455,11 @@ impl Gate {
                 event!(health, INFO, resilience.name = name, "health probe: up");
             }
             let _ = name;
+            self.reports.report(|| StateChange {
+                event: if to == ProbeState::Down { "health probe down" } else { "health probe up" },
+                reason: result.err().map(|failure| failure.as_str()),
+                why: String::new(),
+            });
         } else {
             drop(probing);
         }

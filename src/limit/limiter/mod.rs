@@ -234,7 +234,7 @@ impl Limiter {
         self.limit.store(limit, Ordering::SeqCst);
     }
 
-    fn is_shadow(&self) -> bool {
+    pub(in super::super) fn is_shadow(&self) -> bool {
         self.shadow.load(Ordering::Relaxed)
     }
 

@@ -2,13 +2,16 @@
 
 mod breaker;
 mod connect;
+mod decisions;
 mod health;
 mod lifecycle;
 mod limit;
 mod page;
 mod registry;
 mod retry;
+mod sampler;
 mod stack;
+mod status;
 mod time;
 
 use std::collections::BTreeMap;

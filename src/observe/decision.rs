@@ -1,0 +1,215 @@
+//! The decisions of the watched layers: changes of their states, and summaries of their rejections.
+
+use std::{
+    borrow::Cow,
+    collections::VecDeque,
+    pin::pin,
+    sync::{Arc, Weak},
+    time::SystemTime,
+};
+
+use tokio::sync::Notify;
+
+use crate::{
+    report::{ReportChange, StateChange},
+    sync::Mutex,
+};
+
+/// The maximum number of decisions that a registry keeps.
+const MAX_DECISIONS: usize = 256;
+
+/// A decision of a watched layer: a change of its state, or a summary of calls that it has rejected.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Decision {
+    /// The number of the decision in this registry. The first decision has the number 1.
+    pub id: u64,
+    /// The time of the decision. The time of a summary is that of the sample that contains it.
+    pub at: SystemTime,
+    /// The kind of the layer, as the label `layer` of its metrics.
+    pub layer: &'static str,
+    /// The name of the layer. `None` for a part of the process.
+    pub name: Option<Arc<str>>,
+    /// The event: the message of the event in the log, such as `circuit opened` or `calls rejected`.
+    pub event: &'static str,
+    /// The reason in `snake_case`, as in metrics and events.
+    pub reason: Option<Cow<'static, str>>,
+    /// The values that led to the decision, as text.
+    pub why: String,
+    /// The number of calls of a summary. 1 for a change of a state.
+    pub count: u64,
+}
+
+/// The last decisions, and the notification of new ones.
+#[derive(Debug, Default)]
+pub(super) struct DecisionLog {
+    last: Mutex<VecDeque<Arc<Decision>>>,
+    /// Shared with the receivers, which hold no reference to the log while they wait.
+    added: Arc<Notify>,
+}
+
+impl Drop for DecisionLog {
+    fn drop(&mut self) {
+        self.added.notify_waiters();
+    }
+}
+
+impl DecisionLog {
+    /// Adds a decision, and sets its number.
+    pub(super) fn add(&self, mut decision: Decision) {
+        {
+            let mut last = self.last.lock();
+            decision.id = last.back().map_or(0, |decision| decision.id) + 1;
+            if last.len() == MAX_DECISIONS {
+                last.pop_front();
+            }
+            last.push_back(Arc::new(decision));
+        }
+        // Wakers are user code, so they run without the lock.
+        self.added.notify_waiters();
+    }
+
+    /// Returns the number of the last decision, or 0.
+    pub(super) fn last_id(&self) -> u64 {
+        self.last.lock().back().map_or(0, |decision| decision.id)
+    }
+
+    /// Returns the first decision with a greater number than this one.
+    fn after(&self, id: u64) -> Option<Arc<Decision>> {
+        let last = self.last.lock();
+        let first = last.front()?.id;
+        let index = (id + 1).saturating_sub(first);
+        last.get(usize::try_from(index).ok()?).cloned()
+    }
+
+    /// Returns up to this many of the last decisions, newest first.
+    pub(super) fn newest(&self, max: usize) -> Vec<Arc<Decision>> {
+        self.last.lock().iter().rev().take(max).cloned().collect()
+    }
+}
+
+/// Reports the state changes of one layer to a registry.
+#[derive(Clone, Debug)]
+pub(super) struct DecisionReporter {
+    pub(super) log: Weak<DecisionLog>,
+    pub(super) layer: &'static str,
+    pub(super) name: Option<Arc<str>>,
+}
+
+impl ReportChange for DecisionReporter {
+    fn report(&self, change: &StateChange) {
+        let Some(log) = self.log.upgrade() else { return };
+        let StateChange { event, reason, why } = change.clone();
+        log.add(self.decision(event, reason.map(Cow::Borrowed), why, 1));
+    }
+
+    fn is_alive(&self) -> bool {
+        self.log.strong_count() > 0
+    }
+}
+
+impl DecisionReporter {
+    /// Returns a decision of this layer without a number.
+    pub(super) fn decision(
+        &self,
+        event: &'static str,
+        reason: Option<Cow<'static, str>>,
+        why: String,
+        count: u64,
+    ) -> Decision {
+        let (layer, name) = (self.layer, self.name.clone());
+        Decision { id: 0, at: SystemTime::now(), layer, name, event, reason, why, count }
+    }
+}
+
+/// Receives the decisions of a registry. Made by [`Registry::decisions`](super::registry::Registry::decisions).
+///
+/// The registry keeps the last 256 decisions. A receiver that is slower misses the older ones, and
+/// [`missed`](Self::missed) counts them. A receiver does not keep the registry alive.
+#[derive(Debug)]
+pub struct Decisions {
+    log: Weak<DecisionLog>,
+    /// The number of the last decision that was received.
+    received: u64,
+    missed: u64,
+}
+
+impl Decisions {
+    /// Returns a receiver of the decisions after the one with this number.
+    pub(super) fn after(log: &Arc<DecisionLog>, id: u64) -> Self {
+        Self { log: Arc::downgrade(log), received: id.min(log.last_id()), missed: 0 }
+    }
+
+    /// Waits for the next decision. Returns `None` when the registry no longer exists.
+    ///
+    /// Dropping the future loses no decision.
+    pub async fn next(&mut self) -> Option<Decision> {
+        loop {
+            let added = self.log.upgrade()?.added.clone();
+            let mut added = pin!(added.notified());
+            // Enabled before the log is read, so that no decision in between is missed.
+            added.as_mut().enable();
+            if let Some(decision) = self.log.upgrade()?.after(self.received) {
+                self.missed += decision.id - self.received - 1;
+                self.received = decision.id;
+                return Some((*decision).clone());
+            }
+            added.await;
+        }
+    }
+
+    /// Returns the number of decisions that this receiver has missed because it was slower than the layers.
+    #[must_use]
+    pub const fn missed(&self) -> u64 {
+        self.missed
+    }
+}
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests {
+    use super::*;
+
+    fn decision(why: &str) -> Decision {
+        let reporter = DecisionReporter { log: Weak::new(), layer: "stack", name: None };
+        reporter.decision("settings changed", None, why.to_owned(), 1)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_receiver_gets_the_last_decisions_and_counts_the_missed_ones() {
+        let log = Arc::new(DecisionLog::default());
+        let mut decisions = Decisions::after(&log, 0);
+        for n in 1..=300 {
+            log.add(decision(&n.to_string()));
+        }
+        let next = decisions.next().await.expect("the log exists");
+        assert_eq!((next.id, &*next.why, decisions.missed()), (45, "45", 44));
+        for id in 46..=300 {
+            assert_eq!(decisions.next().await.map(|decision| decision.id), Some(id));
+        }
+        assert_eq!(decisions.missed(), 44);
+        drop(log);
+        assert_eq!(decisions.next().await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn receiver_waits_and_ends_with_the_log() {
+        let log = Arc::new(DecisionLog::default());
+        log.add(decision("before"));
+        let mut decisions = Decisions::after(&log, log.last_id());
+        let waiting = tokio::spawn(async move { (decisions.next().await, decisions.next().await) });
+        tokio::task::yield_now().await;
+        log.add(decision("after"));
+        tokio::task::yield_now().await;
+        drop(log);
+        let (first, second) = waiting.await.expect("no panic");
+        assert_eq!((first.map(|decision| decision.why), second), (Some("after".to_owned()), None));
+    }
+
+    #[test]
+    fn receiver_after_an_unknown_number_starts_at_the_next_decision() {
+        let log = Arc::new(DecisionLog::default());
+        log.add(decision("one"));
+        let decisions = Decisions::after(&log, 1000);
+        assert_eq!(decisions.received, 1);
+    }
+}

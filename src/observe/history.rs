@@ -1,0 +1,302 @@
+//! The history of a layer: five minutes of samples, and the episodes of its rejections, timeouts and missing retries.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::SystemTime,
+};
+
+use super::{
+    condition::{Condition, Severity},
+    episode::{Episode, Summary},
+    metric::{Metric, Value},
+    metrics::*,
+    visit::{Observed, Visit},
+};
+use crate::time::Nanos;
+
+/// The number of samples that are kept: five minutes of one sample each second.
+pub(super) const MAX_SAMPLES: usize = 300;
+
+/// The number of samples from which the share of failed calls is computed.
+const RECENT_SAMPLES: usize = 10;
+/// The shares of failed calls from which a stack is strained and failing, and the minimum number of calls.
+const STRAINED_SHARE: f64 = 0.1;
+const FAILING_SHARE: f64 = 0.5;
+const MIN_CALLS: f64 = 5.0;
+
+// ===== Tracks =====
+
+/// A series of samples that is kept for each layer that has the metric.
+pub(super) struct TrackKind {
+    metric: &'static Metric,
+    pub(super) label: &'static str,
+    /// Only the values with one of these labels. Empty: all values of the metric.
+    only: &'static [(&'static str, &'static str)],
+    /// Whether the samples are the increase of a counter in a second.
+    pub(super) is_rate: bool,
+}
+
+const fn rate(metric: &'static Metric, label: &'static str) -> TrackKind {
+    TrackKind { metric, label, only: &[], is_rate: true }
+}
+
+const fn level(metric: &'static Metric, label: &'static str) -> TrackKind {
+    TrackKind { metric, label, only: &[], is_rate: false }
+}
+
+impl TrackKind {
+    const fn only(self, only: &'static [(&'static str, &'static str)]) -> Self {
+        Self { only, ..self }
+    }
+}
+
+/// The index of the calls of a stack in [`TRACKS`], and of those that have failed.
+const ALL_CALLS: usize = 0;
+const FAILED_CALLS: usize = 1;
+
+/// All tracks. A layer has those whose metrics it has.
+pub(super) static TRACKS: [TrackKind; 21] = [
+    rate(&CALLS, "calls"),
+    rate(&CALLS, "failures").only(&[("outcome", "failure")]),
+    rate(&CALLS, "rejected").only(&[("outcome", "rejected")]),
+    level(&CALL_ACTIVE, "in flight"),
+    rate(&REJECTIONS_METRIC, "rejected"),
+    level(&BREAKER_STATE, "open").only(&[("state", "open"), ("state", "forced_open")]),
+    rate(&BREAKER_FAILURES, "failures"),
+    level(&BREAKER_CIRCUITS, "open circuits").only(&[("state", "open"), ("state", "forced_open")]),
+    level(&CONCURRENCY_USAGE, "in flight"),
+    level(&QUEUE_DEPTH, "waiting").only(&[("layer", "concurrency_limit"), ("layer", "connect")]),
+    rate(&RETRY_ATTEMPTS, "retries"),
+    rate(&RETRY_DECLINED, "not retried"),
+    rate(&RETRY_RECOVERIES, "recovered"),
+    level(&RETRY_BUDGET_REMAINING, "budget"),
+    rate(&HEDGE_ATTEMPTS, "hedge attempts"),
+    rate(&HEDGE_WINS, "won"),
+    rate(&TIMEOUTS, "timed out"),
+    level(&CONNECTION_COUNT, "connections"),
+    rate(&CONNECTION_FAILURES, "failed"),
+    level(&PROBE_STATE, "up").only(&[("state", "up")]),
+    level(&LIFECYCLE_ACTIVE, "in flight"),
+];
+
+// ===== Episodes =====
+
+/// A kind of events that repeat during an outage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Repeated {
+    Rejections,
+    Timeouts,
+    RetriesDeclined,
+    HedgesDeclined,
+}
+
+impl Repeated {
+    /// Returns the kind that a metric counts, and the label of its reason.
+    fn of(metric: &Metric) -> Option<(Self, &'static str)> {
+        [
+            (&REJECTIONS_METRIC, Self::Rejections, "reason"),
+            (&TIMEOUTS, Self::Timeouts, "phase"),
+            (&RETRY_DECLINED, Self::RetriesDeclined, "reason"),
+            (&HEDGE_DECLINED, Self::HedgesDeclined, "reason"),
+        ]
+        .into_iter()
+        .find_map(|(of, kind, label)| (of.name == metric.name).then_some((kind, label)))
+    }
+}
+
+/// The summary of an episode, to be emitted after all locks are released.
+#[derive(Clone, Debug)]
+pub(super) struct EpisodeSummary {
+    pub(super) kind: Repeated,
+    pub(super) reason: String,
+    pub(super) summary: Summary,
+}
+
+// ===== The history =====
+
+/// The values of one sample of a layer that a history needs.
+#[derive(Default)]
+pub(super) struct LayerSample {
+    tracks: [Option<f64>; TRACKS.len()],
+    repeated: Vec<(Repeated, String, u64)>,
+}
+
+impl Visit for LayerSample {
+    fn sample(&mut self, metric: &'static Metric, labels: &[(&'static str, &str)], value: Value) {
+        let (number, count) = match value {
+            Value::Count(count) => (count as f64, count),
+            Value::Number(number) => (number, 0),
+            Value::Histogram(_) => return,
+        };
+        for (kind, total) in TRACKS.iter().zip(&mut self.tracks) {
+            let is_included = kind.only.is_empty() || kind.only.iter().any(|l| labels.contains(l));
+            if kind.metric.name == metric.name && is_included {
+                *total = Some(total.unwrap_or_default() + number);
+            }
+        }
+        if let Some((kind, label)) = Repeated::of(metric) {
+            let reason = labels.iter().find(|(of, _)| *of == label).map_or("", |(_, value)| value);
+            self.repeated.push((kind, reason.to_owned(), count));
+        }
+    }
+}
+
+/// The events of one kind and reason.
+#[derive(Debug, Default)]
+struct RepeatedEvents {
+    total: u64,
+    episode: Option<Episode>,
+}
+
+/// The history of one layer.
+#[derive(Debug, Default)]
+pub(super) struct LayerHistory {
+    /// The time of the last sample.
+    sampled: Option<Nanos>,
+    /// The last value of each track, and its samples.
+    tracks: BTreeMap<usize, (f64, VecDeque<f32>)>,
+    repeated: BTreeMap<(Repeated, String), RepeatedEvents>,
+    severity: Severity,
+    /// The time of the sample with which the severity began.
+    since: Option<SystemTime>,
+}
+
+/// One track of a layer with its samples. The last one is the newest.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Track {
+    /// The meaning of the samples, such as `rejected`.
+    pub label: &'static str,
+    /// `/s` for an increase in one second, otherwise empty.
+    pub unit: &'static str,
+    /// The samples, one for each second.
+    pub values: Vec<f32>,
+}
+
+impl LayerSample {
+    /// Reads a layer. No lock may be held.
+    pub(super) fn of(state: &dyn Observed) -> Self {
+        let mut sample = Self::default();
+        state.observe(&mut sample);
+        sample
+    }
+}
+
+impl LayerHistory {
+    /// Sets the counts from which the next sample is computed. Changes since the last sample are not recorded.
+    pub(super) fn start(&mut self, sample: LayerSample, now: Nanos) {
+        self.sampled = Some(now);
+        for (index, total) in sample.tracks.into_iter().enumerate() {
+            if let Some(total) = total {
+                self.tracks.entry(index).or_default().0 = total;
+            }
+        }
+        for (kind, reason, total) in sample.repeated {
+            self.repeated.entry((kind, reason)).or_default().total = total;
+        }
+    }
+
+    /// Adds a sample. Returns the summaries to emit.
+    pub(super) fn add(&mut self, sample: LayerSample, now: Nanos) -> Vec<EpisodeSummary> {
+        let Some(before) = self.sampled.replace(now) else {
+            self.start(sample, now);
+            return Vec::new();
+        };
+        let seconds = (now.saturating_sub(before).max(1) as f64 / 1e9).max(1e-3);
+        for (index, total) in sample.tracks.into_iter().enumerate() {
+            let (last, values) = self.tracks.entry(index).or_default();
+            // A metric that is absent now, such as the budget of a retry without one, is a gap of zeros.
+            let value = match (total, TRACKS[index].is_rate) {
+                (Some(total), true) => (total - *last).max(0.0) / seconds,
+                (Some(total), false) => total,
+                (None, _) => 0.0,
+            };
+            *last = total.unwrap_or(*last);
+            if total.is_none() && values.is_empty() {
+                self.tracks.remove(&index);
+                continue;
+            }
+            if values.len() == MAX_SAMPLES {
+                values.pop_front();
+            }
+            values.push_back(value as f32);
+        }
+        let mut summaries = Vec::new();
+        for (kind, reason, total) in sample.repeated {
+            let events = self.repeated.entry((kind, reason.clone())).or_default();
+            let count = total.saturating_sub(std::mem::replace(&mut events.total, total));
+            let summary = Episode::record(&mut events.episode, count, before, now);
+            summaries.extend(summary.map(|summary| EpisodeSummary { kind, reason, summary }));
+        }
+        summaries
+    }
+
+    /// Sets the severity that the condition has at this sample.
+    pub(super) fn set_severity(&mut self, severity: Severity, at: SystemTime) {
+        if self.since.is_none() || self.severity != severity {
+            (self.severity, self.since) = (severity, Some(at));
+        }
+    }
+
+    /// Returns the time since which the layer has this severity. `None` if it is not known.
+    pub(super) fn since(&self, severity: Severity) -> Option<SystemTime> {
+        self.since.filter(|_| self.severity == severity)
+    }
+
+    /// Adds to the condition what only the history knows: the calls that are rejected now, and the share of calls that
+    /// fail.
+    pub(super) fn assess(&self, condition: &mut Condition, now: Nanos) {
+        self.add_rejections(condition, now);
+        self.add_failures(condition);
+    }
+
+    fn add_rejections(&self, condition: &mut Condition, now: Nanos) {
+        let episodes = self.repeated.iter().filter_map(|((kind, reason), events)| {
+            Some((*kind, reason, events.episode.as_ref()?))
+                .filter(|(kind, ..)| matches!(kind, Repeated::Rejections | Repeated::Timeouts))
+        });
+        let mut episodes: Vec<_> = episodes.collect();
+        episodes.sort_by_key(|(_, _, episode)| std::cmp::Reverse(episode.total()));
+        for (kind, reason, episode) in episodes {
+            condition.severity = condition.severity.max(Severity::Strained);
+            let verb = match kind {
+                Repeated::Timeouts => "timed out",
+                _ => "were rejected",
+            };
+            let (count, seconds) = (episode.total(), episode.age(now).div_ceil(1_000_000_000));
+            condition
+                .sentence
+                .push_str(&format!(" {count} calls {verb} in {seconds} s: `{reason}`."));
+        }
+    }
+
+    fn add_failures(&self, condition: &mut Condition) {
+        let recent = |index: usize| {
+            let values = self.tracks.get(&index).map(|(_, values)| values);
+            let recent = values.map(|values| values.iter().rev().take(RECENT_SAMPLES));
+            recent.map_or(0.0, |recent| recent.map(|value| f64::from(*value)).sum())
+        };
+        let (calls, failures): (f64, f64) = (recent(ALL_CALLS), recent(FAILED_CALLS));
+        if calls < MIN_CALLS || failures < calls * STRAINED_SHARE {
+            return;
+        }
+        let share = failures / calls;
+        let severity = if share >= FAILING_SHARE { Severity::Failing } else { Severity::Strained };
+        condition.severity = condition.severity.max(severity);
+        let (percent, calls) = ((share * 100.0).round(), calls.round());
+        condition
+            .sentence
+            .push_str(&format!(" {percent} % of the {calls} calls of the last 10 s failed."));
+    }
+
+    /// Returns the tracks with up to this many of their last samples.
+    pub(super) fn tracks(&self, max_samples: usize) -> Vec<Track> {
+        let track = |(index, (_, values)): (&usize, &(f64, VecDeque<f32>))| {
+            let TrackKind { label, is_rate, .. } = TRACKS[*index];
+            let values = values.range(values.len().saturating_sub(max_samples)..);
+            let unit = if is_rate { "/s" } else { "" };
+            Track { label, unit, values: values.copied().collect() }
+        };
+        self.tracks.iter().map(track).collect()
+    }
+}

@@ -1,0 +1,232 @@
+//! The sampler: reads all layers once a second, keeps their history, and summarises rejections.
+
+use std::{
+    borrow::Cow,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::{
+    episode::Summary,
+    history::{EpisodeSummary, LayerSample, Repeated},
+    registry::{Registry, Watched, WatchedLayers},
+};
+use crate::{event::event, time::Nanos, user_code::catch_panic};
+
+/// The time between two samples.
+pub(super) const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
+
+impl Registry {
+    /// Reads all layers once a second until the registry is dropped. Spawn the future once:
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// let registry = buttress::observe::Registry::new();
+    /// tokio::spawn(registry.run());
+    /// # }
+    /// ```
+    ///
+    /// The sampler keeps five minutes of history for the [status](Self::status), and reports an outage in the log and as
+    /// [decisions](Self::decisions) without a line for each call: `calls rejected` (WARN) in the first second with
+    /// rejections and then at most once in 10 s for each layer and reason, and `calls are admitted again` (INFO) after
+    /// 10 s without one; `retry budget used up` (WARN) and `retry budget is back` (INFO).
+    ///
+    /// Without the sampler, metrics are complete, and changes of states are reported. If the future is spawned more than
+    /// once, one of them samples. It holds no reference to the registry. Dropping the future stops the sampler.
+    pub fn run(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let layers = Arc::downgrade(self.layers());
+        async move {
+            let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut turn = None;
+            loop {
+                ticks.tick().await;
+                let Some(layers) = layers.upgrade() else { return };
+                let now = layers.clock.at(Instant::now());
+                if turn.is_some() {
+                    layers.sample(now);
+                } else {
+                    turn = SamplerTurn::take(&layers);
+                    if turn.is_some() {
+                        layers.start_history(now);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The right to sample the layers of a registry. One sampler has it at a time.
+struct SamplerTurn(Weak<WatchedLayers>);
+
+impl SamplerTurn {
+    fn take(layers: &Arc<WatchedLayers>) -> Option<Self> {
+        let is_first = !layers.is_sampled.swap(true, Ordering::AcqRel);
+        is_first.then(|| Self(Arc::downgrade(layers)))
+    }
+}
+
+impl Drop for SamplerTurn {
+    fn drop(&mut self) {
+        if let Some(layers) = self.0.upgrade() {
+            let is_sampled: &AtomicBool = &layers.is_sampled;
+            is_sampled.store(false, Ordering::Release);
+        }
+    }
+}
+
+impl WatchedLayers {
+    /// Begins the history of all layers at this time.
+    fn start_history(&self, now: Nanos) {
+        for watched in self.all() {
+            watched.start_history(now);
+        }
+    }
+
+    /// Adds a sample of each layer to its history, and emits the summaries that are due.
+    fn sample(&self, now: Nanos) {
+        let at = SystemTime::now();
+        for watched in self.all() {
+            let Some(state) = watched.state.upgrade() else { continue };
+            let sample = LayerSample::of(&*state);
+            let mut condition = state.condition();
+            let why = condition.sentence.clone();
+            let summaries = {
+                let mut history = watched.history.lock();
+                let summaries = history.add(sample, now);
+                history.assess(&mut condition, now);
+                history.set_severity(condition.severity, at);
+                summaries
+            };
+            for summary in summaries {
+                // A subscriber is user code. Its panic must not end the sampler.
+                catch_panic(|| watched.emit(&summary));
+                self.add_decision(&watched, summary, &why);
+            }
+        }
+    }
+
+    fn add_decision(&self, watched: &Watched, summary: EpisodeSummary, why: &str) {
+        let EpisodeSummary { kind, reason, summary } = summary;
+        let (event, count) = match (kind, summary) {
+            (Repeated::Rejections, Summary::Occurred { count, .. }) => ("calls rejected", count),
+            (Repeated::Rejections, Summary::Ended { count, .. }) => {
+                ("calls are admitted again", count)
+            }
+            (Repeated::Timeouts, Summary::Occurred { count, .. }) => ("calls timed out", count),
+            (Repeated::RetriesDeclined, summary) if reason == BUDGET_USED_UP => match summary {
+                Summary::Occurred { count, .. } => ("retry budget used up", count),
+                Summary::Ended { count, .. } => ("retry budget is back", count),
+            },
+            (Repeated::RetriesDeclined, Summary::Occurred { count, .. }) => {
+                ("calls not retried", count)
+            }
+            (Repeated::HedgesDeclined, Summary::Occurred { count, .. }) => {
+                ("hedge attempts not sent", count)
+            }
+            (_, Summary::Ended { .. }) => return,
+        };
+        let why = match summary {
+            Summary::Occurred { .. } => why.to_owned(),
+            Summary::Ended { count, lasted } => {
+                format!("{count} calls in {:.0} s", lasted as f64 / 1e9)
+            }
+        };
+        let reason = Some(Cow::Owned(reason));
+        self.log.add(watched.reporter(&self.log).decision(event, reason, why, count));
+    }
+}
+
+/// The reason of a retry that the budget did not permit.
+const BUDGET_USED_UP: &str = "budget_used_up";
+
+/// Emits an event with the target of a layer. A target is a constant, so each layer has an event of its own.
+macro_rules! event_of_layer {
+    ($layer:expr, $level:ident, $($fields:tt)*) => {
+        match $layer {
+            "circuit_breaker" => event!(breaker, $level, $($fields)*),
+            "concurrency_limit" => event!(limit, $level, $($fields)*),
+            "connect" => event!(connect, $level, $($fields)*),
+            "deadline" => event!(deadline, $level, $($fields)*),
+            "timeout" | "server_timeout" => event!(timeout, $level, $($fields)*),
+            "health_probe" => event!(health, $level, $($fields)*),
+            "lifecycle" => event!(lifecycle, $level, $($fields)*),
+            _ => event!(observe, $level, $($fields)*),
+        }
+    };
+}
+
+impl Watched {
+    /// Emits the event of a summary. Runs code of the subscriber, so no lock may be held.
+    fn emit(&self, summary: &EpisodeSummary) {
+        let EpisodeSummary { kind, reason, summary } = summary;
+        let (name, layer, reason) = (self.name.as_deref(), self.layer, &**reason);
+        match (kind, *summary) {
+            (Repeated::Rejections, Summary::Occurred { count, within, .. }) => {
+                let in_ms = within / 1_000_000;
+                event_of_layer!(
+                    layer,
+                    WARN,
+                    resilience.name = name,
+                    layer,
+                    reason,
+                    count,
+                    in_ms,
+                    "calls rejected"
+                );
+                let _ = (count, in_ms);
+            }
+            (Repeated::Rejections, Summary::Ended { count, lasted }) => {
+                let lasted_ms = lasted / 1_000_000;
+                event_of_layer!(
+                    layer,
+                    INFO,
+                    resilience.name = name,
+                    layer,
+                    reason,
+                    count,
+                    lasted_ms,
+                    "calls are admitted again"
+                );
+                let _ = (count, lasted_ms);
+            }
+            (Repeated::RetriesDeclined, Summary::Occurred { count, is_first: true, .. })
+                if reason == BUDGET_USED_UP =>
+            {
+                event!(
+                    retry,
+                    WARN,
+                    resilience.name = name,
+                    layer,
+                    reason,
+                    count,
+                    "retry budget used up"
+                );
+                let _ = count;
+            }
+            (Repeated::RetriesDeclined, Summary::Ended { count, lasted })
+                if reason == BUDGET_USED_UP =>
+            {
+                let lasted_ms = lasted / 1_000_000;
+                event!(
+                    retry,
+                    INFO,
+                    resilience.name = name,
+                    layer,
+                    reason,
+                    count,
+                    lasted_ms,
+                    "retry budget is back"
+                );
+                let _ = (count, lasted_ms);
+            }
+            _ => {}
+        }
+        let _ = (name, layer);
+    }
+}

@@ -1,0 +1,99 @@
+use std::time::Duration;
+
+use buttress::{
+    CircuitBreakerLayer, Outcome, Trip,
+    breaker::OpenDuration,
+    health::{Check, Health},
+    lifecycle::Lifecycle,
+    observe::{Decisions, Registry},
+};
+use tokio::time::advance;
+
+fn search(registry: &Registry) -> CircuitBreakerLayer {
+    let layer = CircuitBreakerLayer::new(Trip::consecutive(2))
+        .open_for(OpenDuration::fixed(Duration::from_secs(5)))
+        .name("search");
+    registry.watch(&layer.handle()).unwrap();
+    layer
+}
+
+/// Returns the events and reasons of all decisions so far.
+async fn events(decisions: &mut Decisions) -> Vec<(&'static str, Option<String>, String)> {
+    let mut events = Vec::new();
+    while let Ok(Some(decision)) = tokio::time::timeout(Duration::ZERO, decisions.next()).await {
+        events.push((decision.event, decision.reason.map(String::from), decision.why));
+    }
+    events
+}
+
+#[tokio::test(start_paused = true)]
+async fn transitions_of_a_circuit_are_decisions_with_reason_and_values() {
+    let registry = Registry::new();
+    let layer = search(&registry);
+    let mut decisions = registry.decisions();
+    let handle = layer.handle();
+    for _ in 0..2 {
+        handle.record(Outcome::failure());
+    }
+    advance(Duration::from_secs(5)).await;
+    assert_eq!(handle.state().as_str(), "half_open");
+    handle.record(Outcome::success());
+    handle.force_open();
+    handle.force_open();
+    handle.reset();
+    let expected = [
+        ("circuit opened", Some("consecutive"), "2 failures in a row"),
+        ("circuit half-open", None, "open before"),
+        ("circuit closed", None, "half_open before"),
+        ("circuit forced", None, "closed before"),
+        ("circuit closed", None, "forced_open before"),
+    ];
+    let expected: Vec<_> = expected
+        .into_iter()
+        .map(|(event, reason, why)| (event, reason.map(str::to_owned), why.to_owned()))
+        .collect();
+    assert_eq!(events(&mut decisions).await, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_registry_receives_the_decisions_of_the_layers_that_it_watches() {
+    let (first, second) = (Registry::new(), Registry::new());
+    let layer = search(&first);
+    second.watch(&layer.handle()).unwrap();
+    let other = CircuitBreakerLayer::http().name("other");
+    second.watch(&other.handle()).unwrap();
+    let (mut of_first, mut of_second) = (first.decisions(), second.decisions());
+    layer.handle().force_open();
+    other.handle().force_open();
+    assert_eq!(events(&mut of_first).await.len(), 1);
+    assert_eq!(events(&mut of_second).await.len(), 2);
+    drop(first);
+    assert_eq!(of_first.next().await, None);
+    layer.handle().reset();
+    assert_eq!(events(&mut of_second).await.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn phases_of_the_process_and_changes_of_checks_are_decisions() {
+    let registry = Registry::new();
+    let health = Health::new();
+    let lifecycle = Lifecycle::without_signals(&health).unwrap();
+    registry.watch(&lifecycle).unwrap();
+    registry.watch(&health).unwrap();
+    let mut decisions = registry.decisions();
+    lifecycle.ready();
+    let check =
+        Check::new("db", || async { Err::<(), _>("no route") }).every(Duration::from_secs(1));
+    health.add(check).unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    lifecycle.drain();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let events: Vec<_> = events(&mut decisions).await;
+    let names: Vec<_> = events.iter().map(|(event, ..)| *event).collect();
+    assert_eq!(names[0], "ready", "{events:?}");
+    assert!(names.contains(&"check failed"), "{events:?}");
+    let end: Vec<_> = names.iter().filter(|name| **name != "check failed").skip(1).collect();
+    assert_eq!(end, [&"draining", &"stopping", &"stopped"], "{events:?}");
+    // What a check said is not part of a decision, because a caller of the page may not read it.
+    assert!(!format!("{events:?}").contains("no route"));
+}

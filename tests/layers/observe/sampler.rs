@@ -1,0 +1,184 @@
+use std::{convert::Infallible, time::Duration};
+
+use buttress::{
+    CircuitBreakerLayer, ConcurrencyLimitLayer, RetryBudget, RetryLayer,
+    observe::{Registry, Severity},
+};
+use http::{Request, Response, StatusCode};
+use http_body_util::Empty;
+use tokio::time::sleep;
+use tower::{Layer, Service, ServiceExt};
+
+use crate::support::event_log::EventLog;
+
+type Body = Empty<bytes::Bytes>;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A layer that rejects all calls.
+fn full(
+    registry: &Registry,
+) -> impl Service<Request<Body>, Response: Send, Error: std::fmt::Debug, Future: Send> + Clone + use<>
+{
+    let layer = CircuitBreakerLayer::http().name("front");
+    registry.watch(&layer.handle()).unwrap();
+    layer.handle().force_open();
+    layer.layer(tower::service_fn(async |_: Request<Body>| {
+        Ok::<_, Infallible>(Response::new(Body::new()))
+    }))
+}
+
+fn request() -> Request<Body> {
+    Request::new(Body::new())
+}
+
+#[tokio::test(start_paused = true)]
+async fn ten_thousand_rejections_are_two_warnings_whose_counts_add_up() {
+    let registry = Registry::new();
+    let mut decisions = registry.decisions();
+    let service = full(&registry);
+    let log = EventLog::at_info();
+    let sampler = tokio::spawn(registry.run());
+    tokio::task::yield_now().await;
+    for _ in 0..5 {
+        for _ in 0..2000 {
+            assert!(service.clone().oneshot(request()).await.is_err());
+        }
+        sleep(SECOND).await;
+    }
+    sleep(30 * SECOND).await;
+    let events = log.take();
+    let rejected: Vec<_> =
+        events.iter().filter(|event| event.message == "calls rejected").collect();
+    assert_eq!(rejected.len(), 2, "{events:#?}");
+    let sum: u64 = rejected.iter().map(|event| event.field("count").parse::<u64>().unwrap()).sum();
+    assert_eq!(sum, 10_000);
+    for event in &rejected {
+        assert_eq!(event.target, "buttress::breaker");
+        assert_eq!(event.level, tracing::Level::WARN);
+        assert_eq!(
+            (event.field("resilience.name"), event.field("reason")),
+            ("front", "circuit_forced_open")
+        );
+        assert_eq!(event.field("layer"), "circuit_breaker");
+    }
+    let ended: Vec<_> =
+        events.iter().filter(|event| event.message == "calls are admitted again").collect();
+    assert_eq!(ended.len(), 1, "{events:#?}");
+    assert_eq!(ended[0].field("count"), "10000");
+    let mut received = Vec::new();
+    while let Ok(Some(decision)) = tokio::time::timeout(Duration::ZERO, decisions.next()).await {
+        received.push((decision.event, decision.count));
+    }
+    assert_eq!(received[0], ("circuit forced", 1));
+    let rejected: u64 = received
+        .iter()
+        .filter(|(event, _)| *event == "calls rejected")
+        .map(|(_, count)| count)
+        .sum();
+    assert_eq!(rejected, 10_000, "{received:?}");
+    sampler.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn history_begins_before_the_status_is_read_and_is_five_minutes_long() {
+    let registry = Registry::new();
+    let service = full(&registry);
+    let sampler = tokio::spawn(registry.run());
+    tokio::task::yield_now().await;
+    assert!(registry.status().is_sampled);
+    for _ in 0..3 {
+        for _ in 0..7 {
+            let _ = service.clone().oneshot(request()).await;
+        }
+        sleep(SECOND).await;
+    }
+    let status = registry.status();
+    let layer = &status.layers[0];
+    let track = layer.tracks.iter().find(|track| track.label == "rejected").unwrap();
+    let sum: f32 = track.values.iter().sum();
+    assert!((20.0..=21.5).contains(&sum), "{:?}", track.values);
+    assert!(layer.since.is_some());
+    assert!(layer.sentence.contains("21 calls were rejected in"), "{}", layer.sentence);
+    sleep(400 * SECOND).await;
+    let status = registry.status();
+    assert!(status.layers[0].tracks.iter().all(|track| track.values.len() == 300));
+    sampler.abort();
+    tokio::task::yield_now().await;
+    assert!(!registry.status().is_sampled);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_of_several_samplers_samples_and_another_continues_after_it() {
+    let registry = Registry::new();
+    let _service = full(&registry);
+    let first = tokio::spawn(registry.run());
+    let second = tokio::spawn(registry.run());
+    sleep(5 * SECOND).await;
+    let samples = |registry: &Registry| registry.status().layers[0].tracks[0].values.len();
+    assert!((4..=5).contains(&samples(&registry)), "{}", samples(&registry));
+    first.abort();
+    sleep(10 * SECOND).await;
+    assert!(samples(&registry) > 10);
+    // The sampler ends with the registry.
+    drop(registry);
+    sleep(2 * SECOND).await;
+    assert!(second.is_finished());
+}
+
+#[tokio::test(start_paused = true)]
+async fn budget_that_is_used_up_is_reported_once_and_again_when_it_is_back() {
+    let registry = Registry::new();
+    let budget = RetryBudget::with(0.1, 1, 10);
+    let layer = RetryLayer::http().budget(budget).name("search");
+    registry.watch(&layer.handle()).unwrap();
+    let service =
+        layer.layer(tower::service_fn(|_: Request<buttress::retry::ReplayBody<Body>>| async {
+            let mut response = Response::new(Body::new());
+            *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+            Ok::<_, Infallible>(response)
+        }));
+    let log = EventLog::at_info();
+    let _sampler = tokio::spawn(registry.run());
+    tokio::task::yield_now().await;
+    for _ in 0..30 {
+        for _ in 0..20 {
+            let _ = service.clone().oneshot(request()).await;
+        }
+        sleep(SECOND).await;
+    }
+    sleep(30 * SECOND).await;
+    let messages: Vec<_> =
+        log.take().into_iter().map(|event| (event.level, event.message)).collect();
+    let expected = [
+        (tracing::Level::WARN, "retry budget used up".to_owned()),
+        (tracing::Level::INFO, "retry budget is back".to_owned()),
+    ];
+    assert_eq!(messages, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn full_limit_is_strained_and_names_the_reason_of_its_rejections() {
+    let registry = Registry::new();
+    let layer = ConcurrencyLimitLayer::new(1).name("front");
+    registry.watch(&layer.handle()).unwrap();
+    let _sampler = tokio::spawn(registry.run());
+    tokio::task::yield_now().await;
+    let service = layer.layer(tower::service_fn(async |_: Request<Body>| {
+        sleep(3600 * SECOND).await;
+        Ok::<_, Infallible>(Response::new(Body::new()))
+    }));
+    let held = tokio::spawn(service.clone().oneshot(request()));
+    tokio::task::yield_now().await;
+    assert!(service.clone().oneshot(request()).await.is_err());
+    sleep(2 * SECOND).await;
+    let status = registry.status();
+    let limit = &status.layers[0];
+    assert_eq!((limit.severity, limit.state), (Severity::Strained, "full"));
+    assert!(limit.sentence.starts_with("1 of 1 calls are in flight"), "{}", limit.sentence);
+    assert!(limit.sentence.contains("were rejected in"), "{}", limit.sentence);
+    assert!(limit.next.is_some());
+    held.abort();
+    sleep(20 * SECOND).await;
+    assert!(registry.status().is_healthy());
+}
