@@ -449,12 +449,6 @@ impl Circuit {
         &self.reports
     }
 
-    /// Returns the number of failures that the circuit has counted.
-    #[cfg(feature = "observe")]
-    pub(super) fn count_failures(&self) -> u64 {
-        self.read(|machine, _, now| machine.history(now).failures.iter().sum())
-    }
-
     // ===== Waiting for a verdict =====
 
     /// Adds a waiter, and returns the maximum duration of its wait. `None` if there are too many waiters.

@@ -604,13 +604,15 @@ impl<Q> Circuits<Q> {
         self.template.named()
     }
 
-    /// Returns the state of each circuit.
-    pub(super) fn of_keys(&self) -> Vec<KeyedCircuit> {
+    /// Returns the state of each circuit, with the name of its key if `with_names`.
+    pub(super) fn of_keys(&self, with_names: bool) -> Vec<KeyedCircuit> {
         let prefix = self.template.named();
+        let name = |circuit: &Circuit| {
+            circuit.named().strip_prefix(prefix).unwrap_or_default().trim_start().to_owned()
+        };
         let read = |circuit: &Circuit| KeyedCircuit {
-            key: circuit.named().strip_prefix(prefix).unwrap_or_default().trim_start().to_owned(),
+            key: if with_names { name(circuit) } else { String::new() },
             state: circuit.state().0,
-            failures: circuit.count_failures(),
             rejected: circuit.rejected().iter().sum(),
         };
         self.map.entries().iter().map(|entry| read(entry.value.state())).collect()
@@ -623,18 +625,15 @@ pub(super) struct KeyedCircuit {
     /// The name of the key, without the name of the layer. Empty if the circuits have no names of their own.
     pub(super) key: String,
     pub(super) state: CircuitState,
-    pub(super) failures: u64,
     pub(super) rejected: u64,
 }
 
 #[cfg(feature = "observe")]
 impl KeyedCircuit {
-    /// Orders circuits: first those with a name that are not closed, then those that have rejected or failed the most
-    /// calls.
+    /// Orders circuits: first those with a name that are not closed, then those that have rejected the most calls.
     pub(super) fn rank(&self) -> impl Ord + '_ {
         let is_closed = self.state == CircuitState::Closed;
-        let (rejected, failures) = (Reverse(self.rejected), Reverse(self.failures));
-        (self.key.is_empty(), is_closed, rejected, failures, &self.key)
+        (self.key.is_empty(), is_closed, Reverse(self.rejected), &self.key)
     }
 
     /// Returns the number of circuits in each state, in the order of [`CircuitState::ALL`].

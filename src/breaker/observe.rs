@@ -1,6 +1,7 @@
 //! The metrics of a circuit breaker.
 
 use std::{
+    collections::BTreeSet,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -20,6 +21,9 @@ use crate::{
     report::ReportChange,
     sealed::Sealed,
 };
+
+/// The value of the label `key` for the circuits that are combined.
+const OTHER: &str = "other";
 
 const LAYER: &str = LayerKind::CircuitBreaker.as_str();
 
@@ -44,18 +48,21 @@ impl<Q: Send + Sync + 'static> Observe for KeyedCircuitBreakerHandle<Q> {
 /// A circuit has series of its own only for a limited number of keys: keys come from requests, and there may be many.
 impl<Q: Send + Sync + 'static> Observed for Circuits<Q> {
     fn observe(&self, to: &mut dyn Visit) {
-        let mut circuits = self.of_keys();
+        let max_keys = to.max_keys();
+        let mut circuits = self.of_keys(max_keys > 0);
         let states = || CircuitState::ALL.iter().map(CircuitState::as_str);
         to.counts(&BREAKER_CIRCUITS, "state", states().zip(KeyedCircuit::count_states(&circuits)));
-        let max_keys = to.max_keys();
         if max_keys == 0 {
             return;
         }
-        // Circuits without names cannot be told apart, so they are combined.
         circuits.sort_by(|a, b| a.rank().cmp(&b.rank()));
-        let named = circuits.iter().filter(|circuit| !circuit.key.is_empty()).count();
-        let others = circuits.split_off(named.min(max_keys));
-        for KeyedCircuit { key, state, .. } in &circuits {
+        // A series must not occur twice. So circuits without a name of their own are combined, too: those of a layer
+        // without named keys, those whose keys have the same name, and a key with the name of the combined ones.
+        let mut names = BTreeSet::from([String::new(), OTHER.to_owned()]);
+        let (shown, others): (Vec<_>, Vec<_>) = circuits
+            .into_iter()
+            .partition(|circuit| names.len() < max_keys + 2 && names.insert(circuit.key.clone()));
+        for KeyedCircuit { key, state, .. } in &shown {
             for one in CircuitState::ALL {
                 let labels = [("key", &**key), ("state", one.as_str())];
                 to.sample(&BREAKER_STATE, &labels, Value::Count(u64::from(one == *state)));
@@ -64,7 +71,7 @@ impl<Q: Send + Sync + 'static> Observed for Circuits<Q> {
         // Absent without such keys, so that a layer with few keys has no series that is always 0.
         if !others.is_empty() {
             for (state, count) in states().zip(KeyedCircuit::count_states(&others)) {
-                let labels = [("key", "other"), ("state", state)];
+                let labels = [("key", OTHER), ("state", state)];
                 to.sample(&BREAKER_STATE, &labels, Value::Count(count));
             }
             to.fold(others.len() as u64);
@@ -72,7 +79,7 @@ impl<Q: Send + Sync + 'static> Observed for Circuits<Q> {
     }
 
     fn condition(&self) -> Condition {
-        let circuits = self.of_keys();
+        let circuits = self.of_keys(false);
         let counts = KeyedCircuit::count_states(&circuits);
         let open = counts[CircuitState::Open as usize] + counts[CircuitState::ForcedOpen as usize];
         let all = circuits.len() as u64;

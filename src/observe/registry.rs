@@ -119,7 +119,7 @@ impl Registry {
     /// Sets for how many keys of each keyed layer the metrics have series of their own, with the label `key`. 0 by
     /// default, because keys come from requests; 1000 or less.
     ///
-    /// These are the keys whose circuits are not closed, or have rejected or failed the most calls. The others are
+    /// These are the keys whose circuits are not closed, or have rejected the most calls. The others are
     /// combined into the key `other`, and `buttress_observe_folded_series_total` counts them. The keys of a closure have
     /// names only with [`named_keys`](crate::breaker::KeyedCircuitBreakerLayer::named_keys).
     ///

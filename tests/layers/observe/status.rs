@@ -118,3 +118,34 @@ async fn keyed_layer_names_only_as_many_keys_as_were_permitted() {
     let error = registry.set_max_keys(1001).unwrap_err();
     assert_eq!((error.field, &*error.value), ("max_keys", "1001"));
 }
+
+/// A key whose text is not unique.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Tenant(u32);
+
+impl std::fmt::Display for Tenant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(["", "other", "acme"][self.0 as usize % 3])
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn keys_with_the_same_text_are_combined() {
+    let registry = Registry::new();
+    registry.set_max_keys(1000).unwrap();
+    let layer = CircuitBreakerLayer::http()
+        .name("api")
+        .keyed(|request: &Request<u32>| Tenant(*request.body()))
+        .named_keys();
+    registry.watch(&layer.handle()).unwrap();
+    let service = layer.layer(tower::service_fn(async |_: Request<u32>| {
+        Ok::<_, &str>(http::Response::new(Empty::<bytes::Bytes>::new()))
+    }));
+    for nth in 0..9 {
+        service.clone().oneshot(Request::new(nth)).await.unwrap();
+    }
+    // Fails for a series that occurs twice.
+    let page = Page::of(&registry);
+    assert_eq!(page.get(r#"buttress_breaker_state{name="api",key="acme",state="closed"}"#), 1.0);
+    assert_eq!(page.get(r#"buttress_breaker_state{name="api",key="other",state="closed"}"#), 8.0);
+}
