@@ -139,7 +139,7 @@ impl Observed for CheckRegistry {
             (true, true) => (Severity::Healthy, "ready"),
         };
         let sentence = match all.len() {
-            0 => format!("All {} health checks pass.", checks.len()),
+            0 => format!("{0} of {0} health checks pass.", checks.len()),
             failing => {
                 let names = all.join(", ");
                 format!("{failing} of {} health checks do not pass: {names}.", checks.len())

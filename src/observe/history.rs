@@ -110,6 +110,8 @@ pub(super) struct EpisodeSummary {
     pub(super) kind: Repeated,
     pub(super) reason: String,
     pub(super) summary: Summary,
+    /// The condition of the layer when events occurred last.
+    pub(super) why: String,
 }
 
 // ===== The history =====
@@ -146,6 +148,8 @@ impl Visit for LayerSample {
 struct RepeatedEvents {
     total: u64,
     episode: Option<Episode>,
+    /// The condition of the layer in the last sample with events.
+    why: String,
 }
 
 /// The history of one layer.
@@ -196,8 +200,13 @@ impl LayerHistory {
         }
     }
 
-    /// Adds a sample. Returns the summaries to emit.
-    pub(super) fn add(&mut self, sample: LayerSample, now: Nanos) -> Vec<EpisodeSummary> {
+    /// Adds a sample. `condition` is the condition of the layer in words. Returns the summaries to emit.
+    pub(super) fn add(
+        &mut self,
+        sample: LayerSample,
+        condition: &str,
+        now: Nanos,
+    ) -> Vec<EpisodeSummary> {
         let Some(before) = self.sampled.replace(now) else {
             self.start(sample, now);
             return Vec::new();
@@ -225,8 +234,13 @@ impl LayerHistory {
         for (kind, reason, total) in sample.repeated {
             let events = self.repeated.entry((kind, reason.clone())).or_default();
             let count = total.saturating_sub(std::mem::replace(&mut events.total, total));
-            let summary = Episode::record(&mut events.episode, count, before, now);
-            summaries.extend(summary.map(|summary| EpisodeSummary { kind, reason, summary }));
+            if count > 0 {
+                condition.clone_into(&mut events.why);
+            }
+            let Some(summary) = Episode::record(&mut events.episode, count, before, now) else {
+                continue;
+            };
+            summaries.push(EpisodeSummary { kind, reason, summary, why: events.why.clone() });
         }
         summaries
     }

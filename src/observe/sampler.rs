@@ -95,10 +95,9 @@ impl WatchedLayers {
             let Some(state) = watched.state.upgrade() else { continue };
             let sample = LayerSample::of(&*state);
             let mut condition = state.condition();
-            let why = condition.sentence.clone();
             let summaries = {
                 let mut history = watched.history.lock();
-                let summaries = history.add(sample, now);
+                let summaries = history.add(sample, &condition.sentence, now);
                 history.assess(&mut condition, now);
                 history.set_severity(condition.severity, at);
                 summaries
@@ -106,13 +105,13 @@ impl WatchedLayers {
             for summary in summaries {
                 // A subscriber is user code. Its panic must not end the sampler.
                 catch_panic(|| watched.emit(&summary));
-                self.add_decision(&watched, summary, &why);
+                self.add_decision(&watched, summary);
             }
         }
     }
 
-    fn add_decision(&self, watched: &Watched, summary: EpisodeSummary, why: &str) {
-        let EpisodeSummary { kind, reason, summary } = summary;
+    fn add_decision(&self, watched: &Watched, summary: EpisodeSummary) {
+        let EpisodeSummary { kind, reason, summary, why } = summary;
         let (event, count) = match (kind, summary) {
             (Repeated::Rejections, Summary::Occurred { count, .. }) => ("calls rejected", count),
             (Repeated::Rejections, Summary::Ended { count, .. }) => {
@@ -132,7 +131,7 @@ impl WatchedLayers {
             (_, Summary::Ended { .. }) => return,
         };
         let why = match summary {
-            Summary::Occurred { .. } => why.to_owned(),
+            Summary::Occurred { .. } => why,
             Summary::Ended { count, lasted } => {
                 format!("{count} calls in {:.0} s", lasted as f64 / 1e9)
             }
@@ -164,7 +163,7 @@ macro_rules! event_of_layer {
 impl Watched {
     /// Emits the event of a summary. Runs code of the subscriber, so no lock may be held.
     fn emit(&self, summary: &EpisodeSummary) {
-        let EpisodeSummary { kind, reason, summary } = summary;
+        let EpisodeSummary { kind, reason, summary, .. } = summary;
         let (name, layer, reason) = (self.name.as_deref(), self.layer, &**reason);
         match (kind, *summary) {
             (Repeated::Rejections, Summary::Occurred { count, within, .. }) => {
