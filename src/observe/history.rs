@@ -280,7 +280,7 @@ impl LayerHistory {
             let (count, seconds) = (episode.total(), episode.age(now).div_ceil(1_000_000_000));
             condition
                 .sentence
-                .push_str(&format!(" {count} calls {verb} in {seconds} s: `{reason}`."));
+                .push_str(&format!(" {count} calls {verb} in {seconds} s ({reason})."));
         }
     }
 
