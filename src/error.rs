@@ -182,7 +182,7 @@ mod tests {
         let fault = ConfigError::new("limit", 0, "use 1 or more");
         let fault = Fault::from(Some(fault));
         let label = fault.label().expect("an error").clone();
-        let rejected = Rejected::misconfigured(LayerKind::User, label);
+        let rejected = Rejected::misconfigured(LayerKind::User, "", label);
         let text = "rejected by user: layer is misconfigured: `limit` is 0: use 1 or more";
         assert_eq!(Chain(&rejected).within(99), text);
         let long = io::Error::other("ä".repeat(600));

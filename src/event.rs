@@ -1,29 +1,110 @@
 //! Events: one macro, and the limit on events that traffic repeats.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    cell::Cell,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use crate::time::{Clock, Nanos};
 
-/// Emits one `tracing` event with the target `buttress::<layer>`. Without the feature `tracing` it expands to no code.
+/// Emits one `tracing` event of a layer: `event!(target, LEVEL, layer, name, field = value, …, "message")`.
 ///
-/// The target is explicit, so that a filter of an application does not depend on the modules of this crate.
+/// The target is `buttress::<target>`. It is explicit, so that a filter of an application does not depend on the modules
+/// of this crate. `layer` is the text of the kind of the layer, and `name` its name, which is empty for a layer without
+/// one. They are the fields `layer` and `resilience.name` of each event. `docs/events.md` lists all events.
 ///
-/// A subscriber is user code and may call any handle, so no lock of this crate may be held here.
+/// - The field `reason` is the result of an `as_str`. Prose is in the message, or in the field `why`
+///   ([`prose`]). The unit of a duration is a millisecond ([`ms`]), and its field ends in `_ms`.
+/// - A subscriber is user code and may call any handle, so no lock of this crate may be held here.
+///
+/// Values are computed only if a subscriber is interested. Without the feature `tracing` they are never computed.
 #[cfg(feature = "tracing")]
 macro_rules! event {
-    ($layer:ident, $level:ident, $($what:tt)*) => {
+    (
+        $target:ident, $level:ident, $layer:expr, $name:expr,
+        $($field:ident = $value:expr,)* $message:literal $(,)?
+    ) => {
         ::tracing::event!(
-            target: concat!("buttress::", stringify!($layer)),
+            target: concat!("buttress::", stringify!($target)),
             ::tracing::Level::$level,
-            $($what)*
+            resilience.name = $name,
+            layer = $layer,
+            $($field = $value,)*
+            $message
         )
     };
 }
 #[cfg(not(feature = "tracing"))]
 macro_rules! event {
-    ($($what:tt)*) => {{}};
+    (
+        $target:ident, $level:ident, $layer:expr, $name:expr,
+        $($field:ident = $value:expr,)* $message:literal $(,)?
+    ) => {
+        if false {
+            let _ = (stringify!($level), $message, &$layer, &$name, $(&$value,)*);
+        }
+    };
 }
 pub(crate) use event;
+
+/// Returns the value of the field `why`, or of another field whose text is made by `Display`.
+#[cfg(feature = "tracing")]
+pub(crate) use tracing::field::display as prose;
+#[cfg(not(feature = "tracing"))]
+pub(crate) fn prose<T>(value: T) -> T {
+    value
+}
+
+/// Returns the value of a field in milliseconds.
+#[inline]
+pub(crate) fn ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Returns whether a subscriber may be interested in events at DEBUG. Costs one load.
+#[inline]
+pub(crate) fn is_debug() -> bool {
+    #[cfg(feature = "tracing")]
+    return tracing::level_filters::LevelFilter::current() >= tracing::Level::DEBUG;
+    #[cfg(not(feature = "tracing"))]
+    false
+}
+
+thread_local! {
+    /// Whether a stack applies a configuration on this thread.
+    static IS_UPDATING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Applies a configuration to the handles of a stack, without an event for each setting: the stack emits one event with
+/// the keys that changed.
+#[cfg_attr(not(feature = "stack"), allow(dead_code))]
+pub(crate) fn as_one_update<T>(apply: impl FnOnce() -> T) -> T {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            IS_UPDATING.set(self.0);
+        }
+    }
+    let _restore = Restore(IS_UPDATING.replace(true));
+    apply()
+}
+
+/// Emits the event "settings changed" of a handle, unless the setter is a part of the [update](as_one_update) of a
+/// stack, or no service uses the layer yet. The arguments are those of [`event`], and the name of the setting.
+macro_rules! settings_changed {
+    ($target:ident, $is_in_use:expr, $layer:expr, $name:expr, $key:expr) => {
+        if $is_in_use && $crate::event::reports_settings() {
+            $crate::event::event!($target, INFO, $layer, $name, keys = $key, "settings changed");
+        }
+    };
+}
+pub(crate) use settings_changed;
+
+#[cfg_attr(not(feature = "full"), allow(dead_code))]
+pub(crate) fn reports_settings() -> bool {
+    cfg!(feature = "tracing") && !IS_UPDATING.get()
+}
 
 /// The minimum time between two summaries of a repeated event.
 const SUMMARY_INTERVAL: Nanos = 10_000_000_000;

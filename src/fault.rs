@@ -60,9 +60,9 @@ impl Fault {
     }
 
     /// Reports the error for a layer that does not reject calls because of it.
-    pub(crate) fn report(&self, layer: &'static str, effect: &'static str) {
+    pub(crate) fn report(&self, layer: &'static str, name: &str, effect: &'static str) {
         if let Some(fault) = self.0.as_deref().and_then(|label| label.fault.as_ref()) {
-            fault.report(layer, effect);
+            fault.report(layer, name, effect);
         }
     }
 }
@@ -151,18 +151,21 @@ impl LayerFault {
         Self { error, reports: Arc::new(RepeatedEvent::new()) }
     }
 
-    /// Reports the fault. `effect` states what the layer does because of it.
-    pub(crate) fn report(&self, layer: &'static str, effect: &'static str) {
-        if let Some(_occurrences) = self.reports.record() {
+    /// Reports the fault of the layer `name`. `effect` states what the layer does because of it.
+    pub(crate) fn report(&self, layer: &'static str, name: &str, effect: &'static str) {
+        if let Some(occurrences) = self.reports.record() {
             event!(
                 config,
                 ERROR,
                 layer,
-                error = %self.error,
-                occurrences = _occurrences,
-                "misconfigured: {effect}"
+                name,
+                field = self.error.field,
+                value = self.error.value.as_str(),
+                remedy = &*self.error.remedy,
+                why = effect,
+                occurrences = occurrences,
+                "misconfigured",
             );
         }
-        let _ = (layer, effect);
     }
 }

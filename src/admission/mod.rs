@@ -74,6 +74,11 @@ pub(crate) trait Policy<Req>: Clone + Send + Sync + 'static {
     /// The layer that rejections name.
     const LAYER: LayerKind;
 
+    /// Returns the name of the layer, for events. Empty for a layer without a name.
+    fn name(&self) -> &str {
+        ""
+    }
+
     /// Returns whether a call would be admitted now. Reserves nothing. A wrong result only costs time,
     /// because [`admit`](Self::admit) decides.
     fn peek(&self) -> bool;
@@ -99,7 +104,7 @@ pub(crate) trait Policy<Req>: Clone + Send + Sync + 'static {
     /// call is not rejected.
     fn reject_late(&self, request: &Req) -> Option<Rejected> {
         let _ = request;
-        Some(Rejected::by(Self::LAYER, RejectedKind::DeadlinePassed))
+        Some(Rejected::by(Self::LAYER, RejectedKind::DeadlinePassed).reported())
     }
 
     /// Returns the notification for callers that wait for the inner service. It wakes them when [`peek`](Self::peek)

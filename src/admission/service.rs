@@ -158,7 +158,10 @@ where
                 &request,
                 RequestTerms::<_, _, S::Response, S::Error>::new(&request, &self.protocol),
             ),
-            Some(fault) => Admit::Reject(Rejected::misconfigured(P::LAYER, fault.clone())),
+            Some(fault) => {
+                let name = self.policy.name();
+                Admit::Reject(Rejected::misconfigured(P::LAYER, name, fault.clone()))
+            }
         };
         // Computed only for rejected calls, because it reads the headers.
         let mut form = None;

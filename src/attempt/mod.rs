@@ -37,6 +37,7 @@
 //! | `peeked_body` | response bodies whose first frame was read in advance |
 //! | `verdict`, `failure`, `give_up` | the class of a result, the kind of a failure, the reason to give up |
 //! | `record`, `hedged` | the records in requests, responses and errors |
+//! | `span` | the span of an attempt |
 //! | `backoff` | the delays of a call |
 //! | `budget`, `token_bucket` | the retry budget, and its balance |
 
@@ -52,6 +53,7 @@ mod peeked_body;
 mod protocol;
 mod record;
 mod replay;
+mod span;
 mod token_bucket;
 mod verdict;
 
@@ -63,6 +65,7 @@ pub(crate) use self::{
     core::Core,
     failure::PerKind,
     protocol::{classify_by_request, failed_status, keyed},
+    span::{AttemptSpan, FurtherAttempt},
     token_bucket::{RETRY, RefillMode},
 };
 pub use self::{

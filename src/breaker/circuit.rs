@@ -46,6 +46,7 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
+    events::CircuitEvents,
     machine::{At, Ended, MAX_CHANGES, Machine, ProbeReport, TimeWindows},
     published::PublishedState,
     state::{CircuitSettings, CircuitState, CircuitToken, Rejection, Transition},
@@ -53,9 +54,11 @@ use super::{
     trip::{Trip, TripReason},
 };
 use crate::{
-    event::{RepeatedEvent, event},
     fault::NameCell,
-    outcome::{LayerKind, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor},
+    outcome::{
+        LayerKind, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor,
+        report_rejection,
+    },
     permit::{FreeSlots, Measures, OwnedSlot, Release, ReleaseAt, Slot, SlotOwner, Token},
     report::{ReportCell, StateChange},
     sealed::Sealed,
@@ -104,17 +107,21 @@ pub(crate) struct Circuit {
     is_configured: AtomicBool,
     /// A service has been built with the circuit, so a setter of its layer must not change it.
     is_in_use: AtomicBool,
-    /// Limits of the events that each round of half-open probes repeats during an outage.
-    half_opened: RepeatedEvent,
-    reopened: RepeatedEvent,
+    /// The events of the changes. The circuits of a keyed layer share them.
+    events: Arc<CircuitEvents>,
 }
 
 impl Circuit {
     /// Returns a circuit in a slot of its own, in which it is not registered.
     ///
-    /// `is_keyed`: a map owns the circuit and evicts it when it is idle. Therefore each call holds a counted reference.
-    pub(super) fn new(trip: Trip, settings: CircuitSettings, is_keyed: bool) -> Self {
-        Self::in_slot(OwnedSlot::allocate(), trip, settings, is_keyed)
+    /// `keyed` has the events of a keyed layer. Its map owns the circuit and evicts it when it is idle. Therefore each
+    /// call holds a counted reference.
+    pub(super) fn new(
+        trip: Trip,
+        settings: CircuitSettings,
+        keyed: Option<&Arc<CircuitEvents>>,
+    ) -> Self {
+        Self::in_slot(OwnedSlot::allocate(), trip, settings, keyed)
     }
 
     /// Returns a circuit that publishes its state in this slot.
@@ -122,10 +129,10 @@ impl Circuit {
         slot: OwnedSlot<Self>,
         trip: Trip,
         settings: CircuitSettings,
-        is_keyed: bool,
+        keyed: Option<&Arc<CircuitEvents>>,
     ) -> Self {
         Self {
-            machine: SyncMachine::new(slot.get().word(), trip, settings, is_keyed),
+            machine: SyncMachine::new(slot.get().word(), trip, settings, keyed.is_some()),
             slot,
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
@@ -142,22 +149,21 @@ impl Circuit {
             has_unsent_probes: AtomicBool::new(false),
             is_configured: AtomicBool::new(false),
             is_in_use: AtomicBool::new(false),
-            half_opened: RepeatedEvent::new(),
-            reopened: RepeatedEvent::new(),
+            events: keyed.map_or_else(|| Arc::new(CircuitEvents::of_one()), Arc::clone),
         }
     }
 
     /// Returns a new circuit with the rules, the settings and the name of this one. It can get another name.
     pub(super) fn fork(&self) -> Self {
-        let mut new = self.like(false);
+        let mut new = self.like(None);
         new.label = self.label.fork();
         new
     }
 
     /// Returns a new circuit with the rules and settings of this one, and without its name.
-    pub(super) fn like(&self, is_keyed: bool) -> Self {
+    pub(super) fn like(&self, keyed: Option<&Arc<CircuitEvents>>) -> Self {
         let (trip, settings) = self.read(|machine, _, _| machine.shape());
-        let new = Self::new(trip, settings, is_keyed);
+        let new = Self::new(trip, settings, keyed);
         new.shadow.store(self.is_shadow(), Ordering::Relaxed);
         new.backpressure.store(self.has_backpressure(), Ordering::Relaxed);
         new.set_half_open_queue(
@@ -345,80 +351,12 @@ impl Circuit {
         }
     }
 
-    /// Wakes waiters and emits the events of a change.
-    ///
-    /// A change without effect on the reported state emits no event: forcing a state that the circuit already has, or a
-    /// transition beneath an isolation. It wakes waiters nevertheless, because counts and probes start again.
+    /// Wakes waiters and emits the events of a change. A change without effect on the reported state wakes waiters
+    /// nevertheless, because counts and probes start again.
     #[cold]
     fn notify_of(&self, change: Transition) {
         self.changed.notify_waiters();
-        let name = self.named();
-        let passed = change.probes.map(|probes| probes.passed);
-        let failed = change.probes.map(|probes| probes.failed);
-        let probes = change.probes.map(|probes| probes.total);
-        match change.tripped {
-            Some(why) if why.is_of_probes() => {
-                if let Some(occurrences) = self.reopened.record() {
-                    event!(
-                        breaker,
-                        WARN,
-                        resilience.name = name,
-                        reason = %why,
-                        passed,
-                        failed,
-                        probes,
-                        occurrences,
-                        "circuit opened again"
-                    );
-                    let _ = occurrences;
-                }
-            }
-            Some(why) => {
-                event!(breaker, WARN, resilience.name = name, reason = %why, "circuit opened");
-                let _ = why;
-            }
-            None => {}
-        }
-        match change.to {
-            CircuitState::Open if change.tripped.is_some() => {}
-            // A combined change can lead from half-open to half-open by way of a trip.
-            CircuitState::HalfOpen if change.from != change.to || change.tripped.is_some() => {
-                if let Some(occurrences) = self.half_opened.record() {
-                    event!(
-                        breaker,
-                        INFO,
-                        resilience.name = name,
-                        state = CircuitState::HalfOpen.as_str(),
-                        occurrences,
-                        "circuit changed"
-                    );
-                    let _ = occurrences;
-                }
-            }
-            _ if change.from == change.to => {}
-            CircuitState::Closed => {
-                event!(
-                    breaker,
-                    INFO,
-                    resilience.name = name,
-                    passed,
-                    failed,
-                    probes,
-                    "circuit closed"
-                );
-            }
-            to => {
-                event!(
-                    breaker,
-                    INFO,
-                    resilience.name = name,
-                    state = to.as_str(),
-                    "circuit changed"
-                );
-                let _ = to;
-            }
-        }
-        let _ = (name, passed, failed, probes);
+        self.events.emit(self.named(), &change);
         self.report(change);
     }
 
@@ -498,8 +436,12 @@ impl Circuit {
         self.notify(change);
         let admitted = match admission {
             Ok(admitted) => admitted,
-            Err(_) if self.is_shadow() => {
+            Err(rejection) if self.is_shadow() => {
                 self.shadowed.fetch_add(1, Ordering::Relaxed);
+                let (kind, retry_after_ms) = describe(rejection);
+                let retry_after = retry_after_ms.map(Duration::from_millis);
+                let layer = LayerKind::CircuitBreaker;
+                report_rejection(layer, self.named(), kind, retry_after, true);
                 CircuitToken::UNCOUNTED
             }
             Err(rejection) => return Err(rejection),
@@ -608,37 +550,40 @@ impl Circuit {
     }
 
     pub(super) fn reject(&self, rejection: Rejection) -> Rejected {
-        let (kind, back_after) = match rejection {
-            Rejection::Open { left } => (RejectedKind::Open, left),
-            Rejection::Probing => (RejectedKind::Probing, PROBING_RETRY_AFTER),
-            Rejection::Ramping { left } => {
-                (RejectedKind::Recovering, left.min(PROBING_RETRY_AFTER))
-            }
-            Rejection::Forced => return self.reject_as(RejectedKind::ForcedOpen),
-        };
-        // Rounded up, because a caller that returns earlier is rejected again.
-        self.reject_as(kind).with_retry_after_ms(back_after.div_ceil(1_000_000))
+        let (kind, retry_after_ms) = describe(rejection);
+        self.reject_as(kind, retry_after_ms)
     }
 
     /// Returns the rejection of a call whose deadline has passed.
     #[cold]
     pub(super) fn reject_late(&self) -> Rejected {
-        self.reject_as(RejectedKind::DeadlinePassed)
+        self.reject_as(RejectedKind::DeadlinePassed, None)
     }
 
     #[inline]
-    fn reject_as(&self, kind: RejectedKind) -> Rejected {
+    fn reject_as(&self, kind: RejectedKind, retry_after_ms: Option<u64>) -> Rejected {
         let nth = REJECTIONS.iter().position(|known| *known == kind).unwrap_or(0);
         self.rejected[nth].fetch_add(1, Ordering::Relaxed);
-        event!(
-            breaker,
-            DEBUG,
-            resilience.name = self.named(),
-            reason = kind.as_str(),
-            "call rejected"
-        );
-        Rejected::by(LayerKind::CircuitBreaker, kind).labelled(self.label.get().cloned())
+        let rejected = Rejected::by(LayerKind::CircuitBreaker, kind);
+        let rejected = rejected.labelled(self.label.get().cloned());
+        match retry_after_ms {
+            Some(ms) => rejected.with_retry_after_ms(ms),
+            None => rejected,
+        }
+        .reported()
     }
+}
+
+/// Returns the kind of a rejection, and the time until a retry may succeed.
+fn describe(rejection: Rejection) -> (RejectedKind, Option<u64>) {
+    let (kind, back_after) = match rejection {
+        Rejection::Open { left } => (RejectedKind::Open, left),
+        Rejection::Probing => (RejectedKind::Probing, PROBING_RETRY_AFTER),
+        Rejection::Ramping { left } => (RejectedKind::Recovering, left.min(PROBING_RETRY_AFTER)),
+        Rejection::Forced => return (RejectedKind::ForcedOpen, None),
+    };
+    // Rounded up, because a caller that returns earlier is rejected again.
+    (kind, Some(back_after.div_ceil(1_000_000)))
 }
 
 /// Returns whether a call that was admitted, and whose inner call has not begun, would be rejected by now. Requires

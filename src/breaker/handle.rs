@@ -7,7 +7,12 @@ use super::{
     state::{CircuitSettings, CircuitState, HalfOpenProgress},
     trip::{CallStats, Trip, TripReason},
 };
-use crate::{error::ConfigError, indicator::Indicator, outcome::Outcome};
+use crate::{
+    error::ConfigError,
+    event::settings_changed,
+    indicator::Indicator,
+    outcome::{LayerKind, Outcome},
+};
 
 /// The maximum number of half-open probes.
 const MAX_PROBES: u16 = 1000;
@@ -147,6 +152,7 @@ impl CircuitBreakerHandle {
     pub fn set_shadow(&self, on: bool) {
         self.0.set_configured();
         self.0.set_shadow(on);
+        self.changed_setting("shadow");
     }
 
     /// Records an outcome that does not come from a call of the layer, for example of a health probe.
@@ -175,6 +181,7 @@ impl CircuitBreakerHandle {
         });
         if fits {
             self.0.set_configured();
+            self.changed_setting("trip");
             return Ok(());
         }
         let remedy = "keep the kinds, the windows and the order of the rules, or build a new layer";
@@ -189,7 +196,7 @@ impl CircuitBreakerHandle {
     pub fn set_open_for(&self, open_for: impl Into<OpenDuration>) -> Result<(), ConfigError> {
         let open_for = open_for.into();
         open_for.check()?;
-        self.configure(|settings| settings.open_for = open_for);
+        self.configure("open_for", |settings| settings.open_for = open_for);
         Ok(())
     }
 
@@ -207,7 +214,10 @@ impl CircuitBreakerHandle {
             let remedy = format!("use 1 to {probes} successes of {probes} probes");
             return Err(ConfigError::new("half_open_of.needed", needed, remedy));
         }
-        self.configure(|settings| (settings.needed, settings.probes) = (needed, probes));
+        let change = |settings: &mut CircuitSettings| {
+            (settings.needed, settings.probes) = (needed, probes);
+        };
+        self.configure("half_open_of", change);
         Ok(())
     }
 
@@ -219,7 +229,7 @@ impl CircuitBreakerHandle {
     /// Returns an error for a time of zero.
     pub fn set_probe_timeout(&self, timeout: Duration) -> Result<(), ConfigError> {
         let timeout = ConfigError::above_zero("probe_timeout", timeout)?;
-        self.configure(|settings| settings.probe_timeout = timeout);
+        self.configure("probe_timeout", |settings| settings.probe_timeout = timeout);
         Ok(())
     }
 
@@ -235,7 +245,8 @@ impl CircuitBreakerHandle {
     ) -> Result<(), ConfigError> {
         let check = |time| ConfigError::above_zero("count_cancelled_after", time);
         let time = time.into().map(check).transpose()?;
-        self.configure(|settings| settings.count_cancelled_after = time);
+        let change = |settings: &mut CircuitSettings| settings.count_cancelled_after = time;
+        self.configure("count_cancelled_after", change);
         Ok(())
     }
 
@@ -249,24 +260,32 @@ impl CircuitBreakerHandle {
         let max_wait = ConfigError::above_zero("half_open_queue.max_wait", max_wait)?;
         self.0.set_configured();
         self.0.set_half_open_queue(callers, max_wait);
+        self.changed_setting("half_open_queue");
         Ok(())
     }
 
     /// Sets whether calls are never half-open probes. See
     /// [`external_probes`](super::layer::CircuitBreakerLayer::external_probes).
     pub fn set_external_probes(&self, on: bool) {
-        self.configure(|settings| settings.external_probes = on);
+        self.configure("external_probes", |settings| settings.external_probes = on);
     }
 
     /// Sets the duration of a ramp after closing. Zero is no ramp. See
     /// [`ramp`](super::layer::CircuitBreakerLayer::ramp).
     pub fn set_ramp(&self, duration: Duration) {
-        self.configure(|settings| settings.ramp = duration);
+        self.configure("ramp", |settings| settings.ramp = duration);
     }
 
-    fn configure(&self, change: impl FnOnce(&mut CircuitSettings)) {
+    fn configure(&self, key: &'static str, change: impl FnOnce(&mut CircuitSettings)) {
         self.0.set_configured();
         self.0.configure(change);
+        self.changed_setting(key);
+    }
+
+    /// Reports a setting that has changed.
+    fn changed_setting(&self, key: &'static str) {
+        let layer = LayerKind::CircuitBreaker.as_str();
+        settings_changed!(breaker, self.0.is_in_use(), layer, self.0.named(), key);
     }
 
     /// Replaces the state of the circuit by that of a snapshot.

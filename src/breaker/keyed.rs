@@ -19,6 +19,7 @@ use tower_layer::Layer;
 use super::state::CircuitState;
 use super::{
     circuit::Circuit,
+    events::CircuitEvents,
     handle::CircuitBreakerHandle,
     key_map::{Evict, KeyMap, Reservation},
     policy::{self, Breaker, CircuitRef, VerdictWait},
@@ -26,7 +27,7 @@ use super::{
 use crate::{
     admission::{Admit, Plan, Policy, Terms, admission_layer},
     error::ConfigError,
-    event::{RepeatedEvent, event},
+    event::{RepeatedEvent, event, settings_changed},
     origin::Origin,
     outcome::{LayerKind, Rejected},
     permit::{Permit, ShardOrSlot, ShardedRef, Token},
@@ -122,6 +123,8 @@ pub(super) struct Circuits<Q> {
     evicted: AtomicU64,
     uncovered: AtomicU64,
     oversized: AtomicU64,
+    /// The events of all circuits.
+    events: Arc<CircuitEvents>,
     /// Limits the events about calls without a circuit.
     uncovered_event: RepeatedEvent,
     /// A service has been built with the circuits, so a setter of their layer must not change them.
@@ -141,6 +144,7 @@ impl<Q> Circuits<Q> {
             evicted: AtomicU64::new(0),
             uncovered: AtomicU64::new(0),
             oversized: AtomicU64::new(0),
+            events: Arc::new(CircuitEvents::of_keyed()),
             uncovered_event: RepeatedEvent::new(),
             is_in_use: AtomicBool::new(false),
         }
@@ -234,7 +238,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
     }
 
     fn new_circuit(&self, key: &Q) -> ShardedRef<Circuit> {
-        let circuit = ShardedRef::alone(self.template.like(true));
+        let circuit = ShardedRef::alone(self.template.like(Some(&self.events)));
         let mut name = ShortName::new(self.template.named());
         let write_name = *self.write_name.lock();
         // An error means that the name has reached its maximum.
@@ -250,22 +254,22 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
         if reason == Uncovered::MaxKeyBytes {
             self.oversized.fetch_add(1, Ordering::Relaxed);
         }
-        if let Some(_occurrences) = self.uncovered_event.record() {
+        if let Some(occurrences) = self.uncovered_event.record() {
             event!(
                 breaker,
                 WARN,
-                resilience.name = self.template.named(),
-                reason = reason.setting(),
+                LayerKind::CircuitBreaker.as_str(),
+                self.template.named(),
+                reason = reason.as_str(),
                 max = self.max(reason),
-                occurrences = _occurrences,
-                "calls are made without a circuit"
+                occurrences = occurrences,
+                "calls are made without a circuit",
             );
         }
         None
     }
 
     /// Returns the maximum that the call exceeds.
-    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only the event states it.
     fn max(&self, reason: Uncovered) -> usize {
         match reason {
             Uncovered::MaxKeys => self.max_keys.load(Ordering::Relaxed),
@@ -275,8 +279,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
 }
 
 impl Uncovered {
-    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only the event states it.
-    const fn setting(self) -> &'static str {
+    const fn as_str(self) -> &'static str {
         match self {
             Self::MaxKeys => "max_keys",
             Self::MaxKeyBytes => "max_key_bytes",
@@ -352,6 +355,10 @@ where
     type Wait = VerdictWait;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
+
+    fn name(&self) -> &str {
+        self.circuits.template.named()
+    }
 
     /// The key, and with it the circuit, is known only with the request.
     fn peek(&self) -> bool {
@@ -565,7 +572,9 @@ impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
     ///
     /// Returns an error for 0.
     pub fn set_max_keys(&self, max_keys: usize) -> Result<(), ConfigError> {
-        self.0.set_max_keys(max_keys)
+        self.0.set_max_keys(max_keys)?;
+        self.changed_setting("max_keys");
+        Ok(())
     }
 
     /// Sets the maximum size of a key, in bytes. See [`KeyedCircuitBreakerLayer::max_key_bytes`].
@@ -574,7 +583,16 @@ impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
     ///
     /// Returns an error for 0.
     pub fn set_max_key_bytes(&self, max_key_bytes: usize) -> Result<(), ConfigError> {
-        self.0.set_max_key_bytes(max_key_bytes)
+        self.0.set_max_key_bytes(max_key_bytes)?;
+        self.changed_setting("max_key_bytes");
+        Ok(())
+    }
+
+    /// Reports a setting that has changed.
+    fn changed_setting(&self, key: &'static str) {
+        let is_in_use = self.0.is_in_use.load(Ordering::Relaxed);
+        let layer = LayerKind::CircuitBreaker.as_str();
+        settings_changed!(breaker, is_in_use, layer, self.0.template.named(), key);
     }
 
     /// Returns the size and the counters of the map.

@@ -265,6 +265,7 @@
 //! | rejected calls | an error ([`Rejected`](crate::outcome::Rejected), boxed) |
 
 mod circuit;
+mod events;
 mod handle;
 mod key_map;
 mod keyed;

@@ -42,7 +42,7 @@ pub(super) struct Breaker {
 
 impl Breaker {
     pub(super) fn new(trip: Trip, settings: CircuitSettings) -> Self {
-        Self::of(Circuit::new(trip, settings, false))
+        Self::of(Circuit::new(trip, settings, None))
     }
 
     /// Returns a breaker of its own with the rules and settings of this one.
@@ -82,6 +82,10 @@ impl<Req> Policy<Req> for Breaker {
     type Wait = VerdictWait;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
+
+    fn name(&self) -> &str {
+        self.named()
+    }
 
     #[inline]
     fn peek(&self) -> bool {

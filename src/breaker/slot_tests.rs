@@ -14,7 +14,7 @@ use crate::{
 
 fn circuit(slot: &'static Slot<Circuit>) -> Arc<Circuit> {
     let (trip, settings) = (Trip::consecutive(1), CircuitSettings::DEFAULT);
-    let circuit = Arc::new(Circuit::in_slot(OwnedSlot::of(slot), trip, settings, false));
+    let circuit = Arc::new(Circuit::in_slot(OwnedSlot::of(slot), trip, settings, None));
     slot.register(Arc::downgrade(&circuit));
     circuit
 }

@@ -166,6 +166,39 @@ pub(super) struct Transition {
     pub(super) tripped: Option<TripReason>,
     /// The results of the half-open state that ended, if one did.
     pub(super) probes: Option<HalfOpenProgress>,
+    /// The open time of the trip. 0 without one.
+    pub(super) open_for: Nanos,
+    /// The episode of which the change is a part, which ends if the change closes the circuit.
+    pub(super) episode: Option<OpenEpisode>,
+    /// The origin of a change that neither calls nor time caused.
+    pub(super) by: Option<ChangedBy>,
+}
+
+/// The time from a trip until the circuit is closed again. Probes that fail open the circuit again within an episode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct OpenEpisode {
+    /// The number of times that the circuit has opened.
+    pub(super) opened: u32,
+    /// The time since the first trip.
+    pub(super) lasted: Nanos,
+}
+
+/// The origin of a change that neither calls nor time caused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ChangedBy {
+    /// A method of the handle that sets the state.
+    Hand,
+    /// An isolation that began or ended.
+    Isolation,
+}
+
+impl ChangedBy {
+    pub(super) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Hand => "hand",
+            Self::Isolation => "isolation",
+        }
+    }
 }
 
 impl Transition {
@@ -177,6 +210,9 @@ impl Transition {
             to: self.to,
             tripped: self.tripped.or(before.tripped),
             probes: self.probes.or(before.probes),
+            open_for: self.open_for.max(before.open_for),
+            episode: self.episode.or(before.episode),
+            by: self.by.or(before.by),
         }
     }
 }

@@ -314,11 +314,6 @@ impl TripReason {
             Self::ProbeTimeout => 6,
         }
     }
-
-    /// Returns whether half-open probes opened the circuit again.
-    pub(super) const fn is_of_probes(&self) -> bool {
-        matches!(self, Self::Probe { .. } | Self::SlowProbe | Self::ProbeTimeout)
-    }
 }
 
 impl fmt::Display for TripReason {

@@ -64,6 +64,7 @@ pub(super) struct Conn {
     /// The lane of a [`Client`](super::client::Client). Without one, uses of the connection are not reported.
     lane: Option<Lane>,
     lifetime: Lifetime,
+    opened_at: Nanos,
     /// The number of uses.
     uses: AtomicU32,
     /// The time of the end of the last use, or of the connect.
@@ -115,6 +116,7 @@ impl Conn {
             client,
             lane,
             lifetime,
+            opened_at: now,
             uses: AtomicU32::new(0),
             idle_since: AtomicU64::new(now),
             new_until: AtomicU64::new(now.saturating_add(GRACE)),
@@ -134,6 +136,10 @@ impl Conn {
 
     pub(super) fn id(&self) -> u64 {
         self.id
+    }
+
+    pub(super) fn opened_at(&self) -> Nanos {
+        self.opened_at
     }
 
     pub(super) fn host(&self) -> &Arc<Host> {

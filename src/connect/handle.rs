@@ -11,7 +11,7 @@ use super::{
     lifetime::{CloseReason, NEVER},
     state::ConnectState,
 };
-use crate::{error::ConfigError, time::nanos};
+use crate::{error::ConfigError, event::settings_changed, outcome::LayerKind, time::nanos};
 
 /// Reads the state of the connections of a layer, changes its settings and recycles its connections, from outside of
 /// the stack.
@@ -104,6 +104,7 @@ impl ConnectHandle {
     /// Fails if the maximum is zero. The setting is then unchanged.
     pub fn set_max_per_host(&self, max: usize) -> Result<(), ConfigError> {
         self.0.set_max_per_host(one_or_more("max_per_host", max)?);
+        self.changed("max_per_host");
         Ok(())
     }
 
@@ -115,6 +116,7 @@ impl ConnectHandle {
     /// Fails if the maximum is zero. The setting is then unchanged.
     pub fn set_max_total(&self, max: usize) -> Result<(), ConfigError> {
         self.0.set_max_total(one_or_more("max_total", max)?);
+        self.changed("max_total");
         Ok(())
     }
 
@@ -131,6 +133,7 @@ impl ConnectHandle {
         }
         self.0.settings.max_wait.store(nanos(max_wait), Ordering::Relaxed);
         self.0.settings.queue_length.store(length, Ordering::Relaxed);
+        self.changed("queue");
         Ok(())
     }
 
@@ -144,7 +147,7 @@ impl ConnectHandle {
         &self,
         timeout: impl Into<Option<Duration>>,
     ) -> Result<(), ConfigError> {
-        set_limit(&self.0.settings.connect_timeout, "connect_timeout", timeout.into())
+        self.set_limit(&self.0.settings.connect_timeout, "connect_timeout", timeout.into())
     }
 
     /// Changes the [maximum age of a connection](super::layer::ConnectLayer::max_age). Applies to connections that are
@@ -154,7 +157,7 @@ impl ConnectHandle {
     ///
     /// Fails if the maximum is zero. The setting is then unchanged.
     pub fn set_max_age(&self, max: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
-        set_limit(&self.0.settings.max_age, "max_age", max.into())
+        self.set_limit(&self.0.settings.max_age, "max_age", max.into())
     }
 
     /// Changes the [maximum idle time of a connection](super::layer::ConnectLayer::max_idle). Applies to connections
@@ -164,7 +167,7 @@ impl ConnectHandle {
     ///
     /// Fails if the maximum is zero. The setting is then unchanged.
     pub fn set_max_idle(&self, max: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
-        set_limit(&self.0.settings.max_idle, "max_idle", max.into())
+        self.set_limit(&self.0.settings.max_idle, "max_idle", max.into())
     }
 
     /// Changes the [share by which age and idle time are shortened](super::layer::ConnectLayer::jitter). Applies to
@@ -178,6 +181,7 @@ impl ConnectHandle {
             return Err(ConfigError::new("jitter", share, "use 0 to 0.9"));
         }
         self.0.settings.jitter.store((share * 1000.0) as u32, Ordering::Relaxed);
+        self.changed("jitter");
         Ok(())
     }
 
@@ -188,6 +192,28 @@ impl ConnectHandle {
     pub fn recycle(&self) {
         self.0.recycle();
     }
+
+    /// Stores the limit of a time. `None` means that there is no limit.
+    fn set_limit(
+        &self,
+        setting: &AtomicU64,
+        field: &'static str,
+        time: Option<Duration>,
+    ) -> Result<(), ConfigError> {
+        let limit = match time {
+            Some(time) => nanos(ConfigError::above_zero(field, time)?),
+            None => NEVER,
+        };
+        setting.store(limit, Ordering::Relaxed);
+        self.changed(field);
+        Ok(())
+    }
+
+    /// Reports a setting that has changed.
+    fn changed(&self, key: &'static str) {
+        let layer = LayerKind::Connect.as_str();
+        settings_changed!(connect, self.0.is_in_use(), layer, self.0.name(), key);
+    }
 }
 
 fn one_or_more(field: &'static str, max: usize) -> Result<usize, ConfigError> {
@@ -195,20 +221,6 @@ fn one_or_more(field: &'static str, max: usize) -> Result<usize, ConfigError> {
         0 => Err(ConfigError::new(field, max, "use 1 or more")),
         max => Ok(max),
     }
-}
-
-/// Stores the limit of a time. `None` means that there is no limit.
-fn set_limit(
-    setting: &AtomicU64,
-    field: &'static str,
-    time: Option<Duration>,
-) -> Result<(), ConfigError> {
-    let limit = match time {
-        Some(time) => nanos(ConfigError::above_zero(field, time)?),
-        None => NEVER,
-    };
-    setting.store(limit, Ordering::Relaxed);
-    Ok(())
 }
 
 impl fmt::Debug for ConnectHandle {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use http::Uri;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -177,7 +177,10 @@ impl ConnectLayer {
     /// Returns a rejection if a setting is invalid.
     pub(super) fn sound(&self) -> Result<(), Rejected> {
         match self.fault.label() {
-            Some(fault) => Err(Rejected::misconfigured(LayerKind::Connect, fault.clone())),
+            Some(fault) => {
+                let name = self.shared.name();
+                Err(Rejected::misconfigured(LayerKind::Connect, name, fault.clone()))
+            }
             None => Ok(()),
         }
     }
@@ -273,6 +276,10 @@ where
     }
 }
 
+/// The reasons for which a connect fails.
+pub(super) const CONNECT_ERROR: &str = "error";
+pub(super) const CONNECT_TIMEOUT: &str = "timeout";
+
 /// Runs the connect of the wrapped connector within the connect timeout, and counts it.
 pub(super) async fn dial<F, T, E>(
     shared: &ConnectState,
@@ -285,15 +292,20 @@ where
     let counts = &shared.counts;
     let _connecting = Connecting::begin(counts);
     let max = shared.connect_timeout().unwrap_or(Duration::MAX);
-    let (counter, error) = match timeout(max, connect()).await {
-        Ok(Ok(io)) => return Ok(io),
-        Ok(Err(error)) => (&counts.failed, error.into()),
+    let began = Instant::now();
+    let (counter, reason, error) = match timeout(max, connect()).await {
+        Ok(Ok(io)) => {
+            shared.notify_of_opened(began.elapsed());
+            return Ok(io);
+        }
+        Ok(Err(error)) => (&counts.failed, CONNECT_ERROR, error.into()),
         Err(_) => {
             let error = io::Error::new(io::ErrorKind::TimedOut, ConnectTimedOut { timeout: max });
-            (&counts.timed_out, error.into())
+            (&counts.timed_out, CONNECT_TIMEOUT, error.into())
         }
     };
     counter.fetch_add(1, Ordering::Relaxed);
+    shared.notify_of_failed(reason, began.elapsed());
     Err(error)
 }
 

@@ -21,6 +21,11 @@ pub(super) enum CloseReason {
 }
 
 impl CloseReason {
+    /// Returns the reason in `snake_case`, as in metrics and events.
+    pub(super) const fn as_str(self) -> &'static str {
+        Self::LABELS[self as usize]
+    }
+
     /// The labels of the reasons, in the order of the variants.
     pub(super) const LABELS: [&'static str; 5] = ["age", "idle", "make_way", "requested", "closed"];
 }

@@ -2,7 +2,12 @@
 
 use std::sync::{Arc, Weak, atomic::Ordering::Relaxed};
 
-use super::{handle::ConnectHandle, lifetime::CloseReason, state::ConnectState};
+use super::{
+    handle::ConnectHandle,
+    layer::{CONNECT_ERROR, CONNECT_TIMEOUT},
+    lifetime::CloseReason,
+    state::ConnectState,
+};
 use crate::{
     observe::{Condition, Observe, Observed, Part, Severity, Value, Visit, metrics::*},
     outcome::{LayerKind, RejectedKind},
@@ -38,8 +43,10 @@ impl Observed for ConnectState {
         to.count(&CONNECTION_OPENED, counts.created.load(Relaxed));
         let closed = CloseReason::LABELS.into_iter().zip(counts.closed());
         to.counts(&CONNECTION_CLOSED, "reason", closed);
-        let failures =
-            [("error", counts.failed.load(Relaxed)), ("timeout", counts.timed_out.load(Relaxed))];
+        let failures = [
+            (CONNECT_ERROR, counts.failed.load(Relaxed)),
+            (CONNECT_TIMEOUT, counts.timed_out.load(Relaxed)),
+        ];
         to.counts(&CONNECTION_FAILURES, "reason", failures);
         to.count(&CONNECTION_REUSES, counts.reused.load(Relaxed));
         let rejections = [(RejectedKind::Saturated.as_str(), counts.saturated.load(Relaxed))];

@@ -57,12 +57,14 @@ use super::{
 use crate::sync::{Mutex, MutexGuard};
 use crate::time::{WaitResult, WaitTimes};
 use crate::{
-    event::event,
+    event::{event, ms},
     fault::NameCell,
     origin::Origin,
     outcome::{LayerKind, Rejected, RejectedKind, WaitsFor},
     time::{Clock, Nanos, nanos},
 };
+
+const LAYER: &str = LayerKind::Connect.as_str();
 
 /// The state of a [`ConnectLayer`](super::layer::ConnectLayer).
 pub(super) struct ConnectState {
@@ -220,7 +222,6 @@ impl ConnectState {
         self.label.has_own()
     }
 
-    #[cfg(feature = "observe")]
     pub(super) fn name(&self) -> &str {
         self.label.as_str()
     }
@@ -351,8 +352,7 @@ impl ConnectState {
     /// Counts a rejection and returns it.
     pub(super) fn reject(&self) -> Rejected {
         self.counts.saturated.fetch_add(1, Ordering::Relaxed);
-        event!(connect, DEBUG, reason = RejectedKind::Saturated.as_str(), "connection rejected");
-        self.rejection()
+        self.rejection().reported()
     }
 
     fn rejection(&self) -> Rejected {
@@ -393,9 +393,34 @@ impl ConnectState {
         let ended_by = reason.unwrap_or(CloseReason::Closed);
         self.counts.closed[ended_by as usize].fetch_add(1, Ordering::Relaxed);
         self.counts.closing.fetch_sub(usize::from(reason.is_some()), Ordering::SeqCst);
-        if matches!(ended_by, CloseReason::Age | CloseReason::Idle) {
-            event!(connect, DEBUG, why = ?reason, "connection closed");
-        }
+        event!(
+            connect,
+            DEBUG,
+            LAYER,
+            self.name(),
+            reason = ended_by.as_str(),
+            age_ms = self.clock.now().saturating_sub(conn.opened_at()) / 1_000_000,
+            "connection closed",
+        );
+    }
+
+    /// Emits the event of a connect that has succeeded.
+    pub(super) fn notify_of_opened(&self, took: Duration) {
+        event!(connect, DEBUG, LAYER, self.name(), took_ms = ms(took), "connection opened");
+    }
+
+    /// Emits the event of a connect that has failed. The error is not a part of it, because its text may contain an
+    /// address.
+    pub(super) fn notify_of_failed(&self, reason: &'static str, took: Duration) {
+        event!(
+            connect,
+            DEBUG,
+            LAYER,
+            self.name(),
+            reason = reason,
+            took_ms = ms(took),
+            "connection failed",
+        );
     }
 
     /// Decides whether an idle connection closes because a caller of another host waits for a permit of the total.

@@ -12,7 +12,8 @@ use http::Request;
 use super::codec::{Codec, GrpcTimeout};
 use crate::{
     error::ConfigError,
-    outcome::{TimeoutPhase, grpc},
+    event::settings_changed,
+    outcome::{LayerKind, TimeoutPhase, grpc},
     time::{CallClock, Deadline, DeadlineSource},
     timeout::TimeoutHandle,
 };
@@ -154,6 +155,7 @@ impl DeadlineHandle {
     /// Fails if the time is zero.
     pub fn set_default(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
         set(&self.times.default, above_zero("default_of", time.into())?);
+        self.changed("default_of");
         Ok(())
     }
 
@@ -165,6 +167,7 @@ impl DeadlineHandle {
     /// Fails if the time is zero.
     pub fn set_max(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
         set(&self.times.max, above_zero("max", time.into())?);
+        self.changed("max");
         Ok(())
     }
 
@@ -172,6 +175,12 @@ impl DeadlineHandle {
     /// calls that begin from now on.
     pub fn set_reserve(&self, time: impl Into<Option<Duration>>) {
         set(&self.times.reserve, time.into());
+        self.changed("reserve");
+    }
+
+    /// Reports a setting that has changed.
+    fn changed(&self, key: &'static str) {
+        settings_changed!(timeout, self.times.is_used(), LayerKind::Deadline.as_str(), "", key);
     }
 }
 

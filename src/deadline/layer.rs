@@ -176,7 +176,8 @@ impl<S, R: Clone> Layer<S> for DeadlineLayer<R> {
 
     fn layer(&self, inner: S) -> Self::Service {
         self.times.set_used();
-        self.fault.report("deadline", "the setting is ignored");
+        let layer = LayerKind::Deadline.as_str();
+        self.fault.report(layer, "", "the setting is ignored");
         DeadlineService {
             times: self.times.clone(),
             codec: self.codec.clone(),

@@ -15,7 +15,7 @@ use super::{
     handle::{DeadlineHandle, DeadlineTimes},
     layer::DeadlineLayer,
 };
-use crate::{error::ConfigError, fault::Fault, time::CallClock};
+use crate::{error::ConfigError, fault::Fault, outcome::LayerKind, time::CallClock};
 
 /// Sets one absolute deadline for every call and sends the time left to the next hop. Inner layers enforce the
 /// deadline. Made by [`DeadlineLayer::propagate_only`](super::layer::DeadlineLayer::propagate_only).
@@ -79,7 +79,8 @@ impl<S> Layer<S> for PropagateDeadlineLayer {
     fn layer(&self, inner: S) -> Self::Service {
         self.handle.times.set_used();
         // No rejection reports an invalid setting, because the layer lets calls through.
-        self.fault.report("deadline", "the setting is ignored");
+        let layer = LayerKind::Deadline.as_str();
+        self.fault.report(layer, "", "the setting is ignored");
         PropagateDeadline { inner, times: self.handle.times.clone(), codec: self.codec.clone() }
     }
 }

@@ -21,7 +21,13 @@ use super::{
     threshold::Threshold,
 };
 use crate::{
-    error::ConfigError, event::event, fault::Fault, indicator::Indicator, redact, time::Nanos,
+    error::ConfigError,
+    event::{event, ms},
+    fault::Fault,
+    indicator::Indicator,
+    outcome::LayerKind,
+    redact,
+    time::Nanos,
 };
 
 impl Health {
@@ -56,6 +62,7 @@ impl Health {
             make: check.make,
             schedule: check.schedule,
             threshold: Threshold::new(rise, fall),
+            failed_at: None,
         };
         entry.set_task(runtime.spawn(runner.run()).abort_handle());
         Ok(())
@@ -193,6 +200,13 @@ impl Check {
     }
 }
 
+/// A run of a check that failed.
+struct FailedCheck {
+    /// `error`, `timeout` or `panicked`.
+    reason: &'static str,
+    why: String,
+}
+
 /// The task of a check. It owns no reference to the registry, so that it ends with the registry.
 struct CheckRunner {
     registry: Weak<CheckRegistry>,
@@ -200,6 +214,8 @@ struct CheckRunner {
     make: Box<dyn FnMut() -> CheckFuture + Send>,
     schedule: Schedule,
     threshold: Threshold,
+    /// The time since which the check fails.
+    failed_at: Option<Instant>,
 }
 
 impl CheckRunner {
@@ -212,14 +228,11 @@ impl CheckRunner {
             let took = Instant::now().saturating_duration_since(began);
             let failed = result.is_err();
             let change = self.threshold.record(!failed);
-            if let (Some(_), Err(reason)) = (change, &result) {
-                event!(health, WARN, check = self.entry.name(), reason = &**reason, "check failed");
-                let _ = reason;
-            } else if change.is_some() {
-                event!(health, INFO, check = self.entry.name(), "check passed");
+            if change.is_some() {
+                self.notify_of(&result);
             }
             let delay = self.schedule.delay(self.threshold.state(), failed);
-            self.entry.record(result, Some(took));
+            self.entry.record(result.map_err(|failed| failed.why), Some(took));
             let was_overdue = self.entry.schedule_next(delay, max_run_time);
             let changed = change.is_some_and(|to| self.entry.publish(CheckState::of(to)));
             if changed || was_overdue {
@@ -229,7 +242,32 @@ impl CheckRunner {
         }
     }
 
-    async fn run_once(&mut self) -> Result<(), String> {
+    /// Emits the event of a change of the state.
+    fn notify_of(&mut self, result: &Result<(), FailedCheck>) {
+        let (layer, name) = (LayerKind::HealthCheck.as_str(), self.entry.name());
+        match result {
+            Err(FailedCheck { reason, why }) => {
+                self.failed_at = Some(Instant::now());
+                let is_critical = self.entry.is_critical();
+                event!(
+                    health,
+                    WARN,
+                    layer,
+                    name,
+                    reason = *reason,
+                    why = why.as_str(),
+                    critical = is_critical,
+                    "check failed",
+                );
+            }
+            Ok(()) => {
+                let down = self.failed_at.take().map(|since| since.elapsed());
+                event!(health, INFO, layer, name, down_ms = down.map(ms), "check passed");
+            }
+        }
+    }
+
+    async fn run_once(&mut self) -> Result<(), FailedCheck> {
         let timeout = self.schedule.timeout;
         let deadline = Schedule::deadline(timeout);
         let make = &mut self.make;
@@ -238,9 +276,12 @@ impl CheckRunner {
             async move { timeout_at(deadline, run).await }
         });
         match run.await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(format!("no result within {timeout:?}")),
-            Err(_) => Err("panicked".to_owned()),
+            Ok(Ok(result)) => result.map_err(|why| FailedCheck { reason: "error", why }),
+            Ok(Err(_)) => {
+                let why = format!("no result within {timeout:?}");
+                Err(FailedCheck { reason: "timeout", why })
+            }
+            Err(_) => Err(FailedCheck { reason: "panicked", why: "panicked".to_owned() }),
         }
     }
 

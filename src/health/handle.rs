@@ -1,7 +1,9 @@
 use std::{fmt, pin::pin, sync::Arc, time::Duration};
 
 use super::{gate::Gate, probe::ProbeFailure, threshold::ProbeState};
-use crate::{error::ConfigError, indicator::Indicator};
+use crate::{
+    error::ConfigError, event::settings_changed, indicator::Indicator, outcome::LayerKind,
+};
 
 /// A handle to the gate of a [`HealthProbeLayer`](super::layer::HealthProbeLayer).
 ///
@@ -103,7 +105,9 @@ impl HealthProbeHandle {
     ///
     /// Returns an error if the delay is zero.
     pub fn set_every(&self, delay: Duration) -> Result<(), ConfigError> {
-        self.0.set_every(delay)
+        self.0.set_every(delay)?;
+        self.changed_setting("every");
+        Ok(())
     }
 
     /// Sets the [`every_while_down`](super::layer::HealthProbeLayer::every_while_down) of the layer.
@@ -112,7 +116,9 @@ impl HealthProbeHandle {
     ///
     /// Returns an error if the delay is zero.
     pub fn set_every_while_down(&self, delay: Duration) -> Result<(), ConfigError> {
-        self.0.set_every_while_down(delay)
+        self.0.set_every_while_down(delay)?;
+        self.changed_setting("every_while_down");
+        Ok(())
     }
 
     /// Sets the [`jitter`](super::layer::HealthProbeLayer::jitter) of the layer.
@@ -121,7 +127,9 @@ impl HealthProbeHandle {
     ///
     /// Returns an error if the ratio is not from 0 to 1.
     pub fn set_jitter(&self, ratio: f64) -> Result<(), ConfigError> {
-        self.0.set_jitter(ratio)
+        self.0.set_jitter(ratio)?;
+        self.changed_setting("jitter");
+        Ok(())
     }
 
     /// Sets the [`timeout`](super::layer::HealthProbeLayer::timeout) of the layer.
@@ -130,7 +138,9 @@ impl HealthProbeHandle {
     ///
     /// Returns an error if the timeout is zero.
     pub fn set_timeout(&self, timeout: Duration) -> Result<(), ConfigError> {
-        self.0.set_timeout(timeout)
+        self.0.set_timeout(timeout)?;
+        self.changed_setting("timeout");
+        Ok(())
     }
 
     /// Sets the [`thresholds`](super::layer::HealthProbeLayer::thresholds) of the layer. The numbers of consecutive
@@ -140,23 +150,34 @@ impl HealthProbeHandle {
     ///
     /// Returns an error if a threshold is 0.
     pub fn set_thresholds(&self, rise: u32, fall: u32) -> Result<(), ConfigError> {
-        self.0.set_thresholds(rise, fall)
+        self.0.set_thresholds(rise, fall)?;
+        self.changed_setting("thresholds");
+        Ok(())
     }
 
     /// Sets the [`immediate_failure`](super::layer::HealthProbeLayer::immediate_failure) of the layer. Has no effect on
     /// probes without a status.
     pub fn set_immediate_failure(&self, on: bool) {
         self.0.set_immediate_failure(on);
+        self.changed_setting("immediate_failure");
     }
 
     /// Sets whether the layer is [`passive`](super::layer::HealthProbeLayer::passive).
     pub fn set_passive(&self, on: bool) {
         self.0.set_passive(on);
+        self.changed_setting("passive");
     }
 
     /// Sets whether the layer is in [shadow mode](super::layer::HealthProbeLayer::shadow).
     pub fn set_shadow(&self, on: bool) {
         self.0.set_shadow(on);
+        self.changed_setting("shadow");
+    }
+
+    /// Reports a setting that has changed.
+    fn changed_setting(&self, key: &'static str) {
+        let layer = LayerKind::HealthProbe.as_str();
+        settings_changed!(health, self.0.is_in_use(), layer, self.0.name(), key);
     }
 }
 

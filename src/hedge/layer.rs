@@ -12,7 +12,7 @@ use crate::{
     classify::{Classify, Http},
     error::ConfigError,
     fault::Fault,
-    outcome::Outcome,
+    outcome::{LayerKind, Outcome},
 };
 
 /// Sends hedge attempts of a slow call, and returns the first good response.
@@ -181,7 +181,8 @@ impl<S: Clone, M: Clone> Layer<S> for HedgeLayer<M> {
     fn layer(&self, inner: S) -> Self::Service {
         let settings = self.handle.0.clone();
         settings.set_in_use();
-        self.fault.report("hedge", "nothing is hedged");
+        let name = settings.name();
+        self.fault.report(LayerKind::Hedge.as_str(), name, "nothing is hedged");
         let (budget, is_off) = (settings.budget(), self.fault.is_some() || settings.is_off());
         let core = Core::new(settings, budget, inner.clone(), is_off);
         Hedge::new(inner, core, self.protocol.clone())

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     observe::{Condition, Observe, Observed, Part, Severity, Visit, metrics::*},
+    outcome::LayerKind,
     sealed::Sealed,
 };
 
@@ -19,7 +20,7 @@ impl Sealed for HedgeHandle {}
 impl Observe for HedgeHandle {
     fn parts(&self) -> Vec<Part> {
         let state: Weak<HedgeSettings> = Arc::downgrade(&self.0);
-        vec![Part::new("hedge", self.0.name.as_str(), state)]
+        vec![Part::new(LayerKind::Hedge.as_str(), self.0.name.as_str(), state)]
     }
 }
 

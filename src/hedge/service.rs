@@ -10,16 +10,16 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tower_service::Service;
 
-use super::settings::{HedgeDeclineReason, HedgeSettings};
+use super::settings::{HedgeDeclineReason, HedgeSettings, LAYER};
 use crate::{
     admission::Reusable,
     attempt::{
-        AttemptFuture, BodyReplay, ClassifyAttempt, Core, FailureKind, Hedged, ReplayRequest,
-        SavedCall, Withdrawal, is_good,
+        AttemptFuture, AttemptSpan, BodyReplay, Classified, ClassifyAttempt, Core, FailureKind,
+        FurtherAttempt, Hedged, ReplayRequest, SavedCall, Withdrawal, is_good,
     },
     classify::Http,
-    event::event,
-    outcome::{DropCause, Outcome, WaitsFor, is_mark_requested},
+    event::{event, ms},
+    outcome::{DropCause, LayerKind, Outcome, Reason, WaitsFor, is_mark_requested},
     permit::{ShardedArc, ShardedRef},
 };
 
@@ -101,9 +101,17 @@ where
         // If the delay exceeds the range of the clock, no hedge attempt is sent.
         let began = settings.records_latency().then(Instant::now);
         let delay = if can_hedge { settings.delay() } else { None };
+        let span = if settings.is_off() {
+            AttemptSpan::none()
+        } else {
+            AttemptSpan::first(LayerKind::Hedge, || settings.name())
+        };
         let at = delay.and_then(|delay| began.unwrap_or_else(Instant::now).checked_add(delay));
+        let entered = span.enter();
+        let future = self.inner.call(first);
+        drop(entered);
         HedgeFuture {
-            first: Some(AttemptFuture::new(self.inner.call(first))),
+            first: Some(SpannedAttempt::new(future, span)),
             hedges: Vec::new(),
             next: NextHedge::due(at),
             sent: 0,
@@ -125,10 +133,10 @@ pin_project! {
     pub struct HedgeFuture<S, F, P, C> {
         // `None` after a bad response, while hedge attempts are in flight.
         #[pin]
-        first: Option<AttemptFuture<F, P>>,
+        first: Option<SpannedAttempt<F, P>>,
         // The hedge attempts in flight, in the order in which they were sent. They are boxed, so that a call without a
         // hedge attempt neither holds nor moves space for them.
-        hedges: Vec<Pin<Box<AttemptFuture<F, P>>>>,
+        hedges: Vec<Pin<Box<SpannedAttempt<F, P>>>>,
         #[pin]
         next: NextHedge<S>,
         // The number of hedge attempts that were sent.
@@ -139,6 +147,52 @@ pin_project! {
         began: Option<Instant>,
         core: ShardedRef<Core<S, HedgeSettings>>,
         call: C,
+    }
+}
+
+pin_project! {
+    /// An attempt with its span. The future is dropped before the span ends.
+    struct SpannedAttempt<F, P> {
+        #[pin]
+        attempt: AttemptFuture<F, P>,
+        span: AttemptSpan,
+    }
+}
+
+impl<F, P> SpannedAttempt<F, P> {
+    #[inline]
+    fn new(future: F, span: AttemptSpan) -> Self {
+        Self { attempt: AttemptFuture::new(future), span }
+    }
+
+    /// Polls for the class and outcome of the attempt, inside of its span. The outcome ends the span.
+    fn poll_outcome<M, Res, E>(
+        self: Pin<&mut Self>,
+        protocol: &M,
+        is_grpc_call: bool,
+        cx: &mut Context<'_>,
+    ) -> Poll<Classified>
+    where
+        F: Future<Output = Result<Res, E>>,
+        M: ClassifyAttempt<Res, E, Pending = P>,
+    {
+        let this = self.project();
+        let entered = this.span.enter();
+        let polled = this.attempt.poll_outcome(protocol, is_grpc_call, cx);
+        drop(entered);
+        if let Poll::Ready((_, outcome)) = polled {
+            this.span.end(outcome);
+        }
+        polled
+    }
+
+    fn take_pending(self: Pin<&mut Self>) -> P {
+        self.project().attempt.take_pending()
+    }
+
+    /// Ends the span of an attempt that is dropped because another one has won.
+    fn supersede(self: Pin<&mut Self>) {
+        self.project().span.end(Outcome::cancelled().because(Reason::Superseded));
     }
 }
 
@@ -175,12 +229,19 @@ where
         outcome: Outcome,
         won: bool,
     ) -> Result<M::Response, M::Error> {
+        if let Some(first) = self.first.as_mut().as_pin_mut() {
+            first.supersede();
+        }
+        self.hedges.iter_mut().for_each(|hedge| hedge.as_mut().supersede());
         DropCause::Superseded.during(|| {
             self.first.set(None);
             self.hedges.clear();
         });
         self.next.set(NextHedge::Returned);
         self.call.saved = None;
+        if *self.sent > 0 {
+            self.core.settings.notify_of_end(outcome, won, *self.sent);
+        }
         let result =
             M::return_hedged(pending, (*self.sent > 0).then_some(Hedged { won, sent: *self.sent }));
         match *self.has_dropped_sent && !FailureKind::of(outcome).may_be_seen() {
@@ -278,13 +339,19 @@ where
                     event!(
                         hedge,
                         DEBUG,
-                        resilience.name = settings.name(),
+                        LAYER,
+                        settings.name(),
                         hedge = *this.sent,
-                        delay_ms = settings.delay().map(|delay| delay.as_millis() as u64),
-                        "hedging"
+                        delay_ms = settings.delay().map(ms),
+                        "hedging",
                     );
+                    let further =
+                        FurtherAttempt { resend_count: *this.sent, delay: settings.delay() };
+                    let span = AttemptSpan::further(LayerKind::Hedge, settings.name(), further);
+                    let entered = span.enter();
                     let hedge = service.call(M::hedge_attempt(saved, *this.sent));
-                    this.hedges.push(Box::pin(AttemptFuture::new(hedge)));
+                    drop(entered);
+                    this.hedges.push(Box::pin(SpannedAttempt::new(hedge, span)));
                     let further = *this.sent < settings.max_hedges();
                     let delay = if further { settings.delay() } else { None };
                     let at = delay.and_then(|delay| Instant::now().checked_add(delay));
@@ -326,15 +393,38 @@ impl ReportedWait {
 
 impl HedgeSettings {
     /// Reports a bad response that is dropped because other attempts are in flight.
-    fn report_bad(&self, _outcome: Outcome, _in_flight: usize) {
+    fn report_bad(&self, outcome: Outcome, in_flight: usize) {
         event!(
             hedge,
             DEBUG,
-            resilience.name = self.name(),
-            outcome = ?_outcome,
-            in_flight = _in_flight,
-            "waiting for another attempt"
+            LAYER,
+            self.name(),
+            outcome = outcome.kind().as_str(),
+            reason = outcome.reason().as_str(),
+            code = outcome.code(),
+            in_flight = in_flight,
+            "waiting for another attempt",
         );
+    }
+
+    /// Reports the end of a call for which hedge attempts were sent. `won`: it returns the response of one of them.
+    fn notify_of_end(&self, outcome: Outcome, won: bool, sent: u32) {
+        macro_rules! emit {
+            ($message:literal) => {
+                event!(
+                    hedge,
+                    DEBUG,
+                    LAYER,
+                    self.name(),
+                    sent = sent,
+                    outcome = outcome.kind().as_str(),
+                    reason = outcome.reason().as_str(),
+                    code = outcome.code(),
+                    $message,
+                )
+            };
+        }
+        if won { emit!("hedge won") } else { emit!("hedge lost") }
     }
 }
 

@@ -12,7 +12,10 @@ use super::percentile::LatencyPercentile;
 use crate::attempt::{RetryBudget, SafeRequests, SaveRules};
 use crate::event::event;
 use crate::fault::NameCell;
+use crate::outcome::LayerKind;
 use crate::sync::Mutex;
+
+pub(super) const LAYER: &str = LayerKind::Hedge.as_str();
 
 /// The settings and the counts of one hedge layer.
 pub(crate) struct HedgeSettings {
@@ -54,7 +57,6 @@ impl HedgeDeclineReason {
     pub(super) const ALL: [Self; 3] = [Self::Body, Self::DeadlinePassed, Self::BudgetUsedUp];
 
     /// Returns the reason in `snake_case`, as in metrics and events.
-    #[cfg_attr(not(any(feature = "tracing", feature = "observe")), allow(dead_code))]
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Body => "body",
@@ -140,7 +142,7 @@ impl HedgeSettings {
     /// Counts and reports a hedge attempt that was due and is not sent.
     pub(super) fn record_declined(&self, reason: HedgeDeclineReason) {
         self.declined[reason as usize].fetch_add(1, Ordering::Relaxed);
-        event!(hedge, DEBUG, resilience.name = self.name(), reason = reason.as_str(), "not hedged");
+        event!(hedge, DEBUG, LAYER, self.name(), reason = reason.as_str(), "not hedged");
     }
 
     /// Returns the number of hedge attempts that were due and not sent for this reason.
@@ -174,7 +176,6 @@ impl HedgeSettings {
         }
     }
 
-    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events use it.
     pub(crate) fn name(&self) -> &str {
         self.name.as_str()
     }

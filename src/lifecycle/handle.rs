@@ -5,10 +5,13 @@ use tokio::{runtime::Handle, time::sleep};
 use super::{
     layer::LifecycleLayer,
     signals::Signals,
-    state::{DriverGuard, LifecyclePhase, LifecycleState, LifecycleStep, drive},
+    state::{Drained, DriverGuard, LifecyclePhase, LifecycleState, LifecycleStep, drive},
     token::Drain,
 };
-use crate::{error::ConfigError, health::Health, permit::ShardedArc};
+use crate::{
+    error::ConfigError, event::settings_changed, health::Health, outcome::LayerKind,
+    permit::ShardedArc,
+};
 
 /// The lifecycle of a process: its [phase](LifecyclePhase), its readiness, and the drain that ends it without losing a
 /// call.
@@ -16,18 +19,6 @@ use crate::{error::ConfigError, health::Health, permit::ShardedArc};
 /// Clones share one lifecycle and its settings. See the [module](super).
 #[derive(Clone)]
 pub struct Lifecycle(pub(super) ShardedArc<LifecycleState>);
-
-/// How a drain ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Drained {
-    /// Number of calls that were still in flight when the drain timeout expired, and were cut.
-    pub cut_calls: usize,
-    /// Number of connections of `serve` that were still open when the drain timeout expired, and were cut.
-    pub cut_connections: usize,
-    /// Number of calls that arrived after the grace, and were rejected.
-    pub rejected: u64,
-}
 
 impl Lifecycle {
     /// Creates a lifecycle in the phase [`Starting`](LifecyclePhase::Starting), and installs its signal handlers.
@@ -101,6 +92,7 @@ impl Lifecycle {
             }
         });
         state.set_driver(driver.abort_handle());
+        state.notify_of(LifecyclePhase::Starting);
         Ok(Self(state))
     }
 
@@ -112,7 +104,7 @@ impl Lifecycle {
     /// [`set_drain_delay`](Self::set_drain_delay) changes it while the process runs.
     #[must_use]
     pub fn drain_delay(self, delay: Duration) -> Self {
-        self.set_drain_delay(delay);
+        self.0.times(|times| times.delay = delay);
         self
     }
 
@@ -126,7 +118,7 @@ impl Lifecycle {
     /// [`set_grace`](Self::set_grace) changes it while the process runs.
     #[must_use]
     pub fn grace(self, grace: Duration) -> Self {
-        self.set_grace(grace);
+        self.0.times(|times| times.grace = grace);
         self
     }
 
@@ -140,23 +132,30 @@ impl Lifecycle {
     /// [`set_drain_timeout`](Self::set_drain_timeout) changes it while the process runs.
     #[must_use]
     pub fn drain_timeout(self, timeout: Duration) -> Self {
-        self.set_drain_timeout(timeout);
+        self.0.times(|times| times.timeout = timeout);
         self
     }
 
     /// Sets the [time in *draining*](Self::drain_delay). Has no effect after *draining* has begun.
     pub fn set_drain_delay(&self, delay: Duration) {
         self.0.times(|times| times.delay = delay);
+        self.changed_setting("drain_delay");
     }
 
     /// Sets the [grace](Self::grace). Has no effect after *stopping* has begun.
     pub fn set_grace(&self, grace: Duration) {
         self.0.times(|times| times.grace = grace);
+        self.changed_setting("grace");
     }
 
     /// Sets the [drain timeout](Self::drain_timeout). Has no effect after the [grace](Self::grace).
     pub fn set_drain_timeout(&self, timeout: Duration) {
         self.0.times(|times| times.timeout = timeout);
+        self.changed_setting("drain_timeout");
+    }
+
+    fn changed_setting(&self, key: &'static str) {
+        settings_changed!(lifecycle, true, LayerKind::Lifecycle.as_str(), "", key);
     }
 
     // ===== Changes of the phase =====
@@ -259,7 +258,9 @@ impl Lifecycle {
             ended = ended => ended?,
             () = self.0.reached(LifecycleStep::Stopped) => self.in_flight(),
         };
-        Ok(Drained { cut_calls, cut_connections: 0, rejected: self.rejected() })
+        let drained = Drained { cut_calls, cut_connections: 0, rejected: self.rejected() };
+        self.0.notify_of_drained(&drained);
+        Ok(drained)
     }
 }
 

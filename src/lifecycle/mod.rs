@@ -205,9 +205,9 @@ mod tls;
 mod token;
 
 pub use self::{
-    handle::{Drained, Lifecycle},
+    handle::Lifecycle,
     layer::{LifecycleFuture, LifecycleLayer, LifecycleService},
-    state::LifecyclePhase,
+    state::{Drained, LifecyclePhase},
     token::{Drain, DrainGuard},
 };
 #[cfg(feature = "serve")]

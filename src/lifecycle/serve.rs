@@ -14,12 +14,12 @@ use tower_service::Service;
 
 use super::{
     connection::serve_connection,
-    handle::{Drained, Lifecycle},
+    handle::Lifecycle,
     listener::Listener,
     server::Server,
     socket::reset_on_close,
     stages::{ConnectionState, StageClock, StagedIo},
-    state::LifecycleStep,
+    state::{Drained, LifecycleStep},
     streams::StagedService,
     tls::MaybeTls,
 };
@@ -176,6 +176,7 @@ impl Server {
         // The task of a handler that blocks its thread cannot be aborted, and must not delay the end of the process.
         let _ = timeout(ABORT_TIMEOUT, async { while connections.join_next().await.is_some() {} })
             .await;
+        lifecycle.0.notify_of_drained(&drained);
         drained
     }
 }

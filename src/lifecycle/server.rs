@@ -8,12 +8,8 @@ use hyper_util::{rt::TokioTimer, server::conn::auto};
 use tower_service::Service;
 
 use super::{
-    handle::{Drained, Lifecycle},
-    listener::Listener,
-    socket::SocketOptions,
-    stages::StageLimits,
-    streams::StreamExecutor,
-    tls::Tls,
+    handle::Lifecycle, listener::Listener, socket::SocketOptions, stages::StageLimits,
+    state::Drained, streams::StreamExecutor, tls::Tls,
 };
 use crate::error::{BoxError, ConfigError};
 

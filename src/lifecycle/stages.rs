@@ -45,7 +45,10 @@ use tokio::{
 use crate::{
     event::event,
     listener::{ConnectionSlot, Frames, LazyTimer, Preface, PrefaceMatch},
+    outcome::{LayerKind, TimeoutPhase},
 };
+
+const LAYER: &str = LayerKind::Lifecycle.as_str();
 
 /// Maximum time for the graceful shutdown of a connection without calls.
 const RETIRE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -345,7 +348,8 @@ impl StageClock {
         let is_over = deadline.is_some_and(|deadline| now >= deadline);
         match self.stage {
             ConnectionStage::Head(_) if is_over || is_reclaimed => {
-                event!(lifecycle, DEBUG, "connection closed: incomplete request head");
+                let reason = if is_over { "head_timeout" } else { "reclaimed" };
+                event!(lifecycle, DEBUG, LAYER, "", reason = reason, "connection closed");
                 return StageVerdict::Close;
             }
             ConnectionStage::Retired(_) if is_over => return StageVerdict::Close,
@@ -496,7 +500,8 @@ impl<Io> StagedIo<Io> {
         let (since, _) = *self.blocked.get_or_insert((now, op));
         let Some(deadline) = since.checked_add(limit) else { return Ok(()) };
         if now >= deadline {
-            event!(lifecycle, DEBUG, "connection closed: the client does not read");
+            let reason = TimeoutPhase::Unread.as_str();
+            event!(lifecycle, DEBUG, LAYER, "", reason = reason, "connection closed");
             (self.reset)(&self.io);
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read"));
         }

@@ -11,13 +11,13 @@ use std::{
 use tokio::{
     sync::{Notify, watch},
     task::AbortHandle,
-    time::sleep,
+    time::{Instant, sleep},
 };
 
 use super::in_flight::InFlightGate;
 use crate::{
     admission::{Admit, Policy, Terms},
-    event::event,
+    event::{event, ms},
     health::Reporter,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
     permit::{Permit, Release, ReleaseAt, ShardedArc, ShardedRef, Token},
@@ -25,6 +25,20 @@ use crate::{
     sealed::Sealed,
     sync::Mutex,
 };
+
+const LAYER: &str = LayerKind::Lifecycle.as_str();
+
+/// How a drain ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Drained {
+    /// Number of calls that were still in flight when the drain timeout expired, and were cut.
+    pub cut_calls: usize,
+    /// Number of connections of `serve` that were still open when the drain timeout expired, and were cut.
+    pub cut_connections: usize,
+    /// Number of calls that arrived after the grace, and were rejected.
+    pub rejected: u64,
+}
 
 /// The phase of a process between its start and its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -106,6 +120,8 @@ pub(crate) struct LifecycleState {
     closed_signal: Arc<Notify>,
     /// The task that runs [`drive`]. It ends with the state.
     driver: OnceLock<AbortHandle>,
+    /// The time at which the drain began.
+    drain_began: OnceLock<Instant>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -131,6 +147,7 @@ impl LifecycleState {
             reports: ReportCell::default(),
             closed_signal: Arc::default(),
             driver: OnceLock::new(),
+            drain_began: OnceLock::new(),
         }
     }
 
@@ -197,6 +214,52 @@ impl LifecycleState {
 
     // ===== Changes =====
 
+    /// Emits the event of a phase that begins. Must be called without a lock.
+    pub(super) fn notify_of(&self, phase: LifecyclePhase) {
+        let DrainTimes { delay, timeout, .. } = self.times(|times| *times);
+        macro_rules! emit {
+            ($message:literal, $left_ms:expr) => {
+                event!(
+                    lifecycle,
+                    INFO,
+                    LAYER,
+                    "",
+                    in_flight = self.in_flight(),
+                    left_ms = $left_ms,
+                    $message,
+                )
+            };
+        }
+        match phase {
+            LifecyclePhase::Starting => emit!("starting", None::<u64>),
+            LifecyclePhase::Ready => emit!("ready", None::<u64>),
+            LifecyclePhase::Draining => emit!("draining", ms(delay)),
+            LifecyclePhase::Stopping => emit!("stopping", ms(timeout)),
+            LifecyclePhase::Stopped => emit!("stopped", None::<u64>),
+        }
+    }
+
+    /// Emits the event of a server that has drained.
+    pub(super) fn notify_of_drained(&self, drained: &Drained) {
+        let took = self.drain_began.get().map(|began| began.elapsed());
+        macro_rules! emit {
+            ($level:ident) => {
+                event!(
+                    lifecycle,
+                    $level,
+                    LAYER,
+                    "",
+                    cut_calls = drained.cut_calls,
+                    cut_connections = drained.cut_connections,
+                    rejected = drained.rejected,
+                    took_ms = took.map(ms),
+                    "drained",
+                )
+            };
+        }
+        if drained.cut_calls > 0 || drained.cut_connections > 0 { emit!(WARN) } else { emit!(INFO) }
+    }
+
     /// Advances to a step. Has no effect if the state is already at this step or at a later one.
     pub(super) fn advance_to(&self, next: LifecycleStep) {
         let mut is_new_phase = false;
@@ -225,6 +288,9 @@ impl LifecycleState {
         if !has_advanced {
             return;
         }
+        if next >= LifecycleStep::Draining {
+            let _ = self.drain_began.set(Instant::now());
+        }
         self.reporter.notify();
         if next >= LifecycleStep::Rejecting {
             self.closed_signal.notify_waiters();
@@ -234,13 +300,7 @@ impl LifecycleState {
             if phase >= LifecyclePhase::Stopping {
                 self.reporter.end();
             }
-            event!(
-                lifecycle,
-                INFO,
-                phase = phase.as_str(),
-                in_flight = self.in_flight(),
-                "lifecycle"
-            );
+            self.notify_of(phase);
             self.reports.report(|| StateChange {
                 event: phase.as_str(),
                 reason: None,
@@ -317,7 +377,7 @@ impl Drop for DriverGuard {
     fn drop(&mut self) {
         let Some(state) = self.0.upgrade() else { return };
         if state.phase() < LifecyclePhase::Stopped {
-            event!(lifecycle, WARN, "lifecycle: the runtime that it was made in has ended");
+            event!(lifecycle, WARN, LAYER, "", "runtime of the lifecycle has ended");
             state.advance_to(LifecycleStep::Stopped);
         }
     }
@@ -367,10 +427,9 @@ impl<Req> Policy<Req> for DrainPolicy {
             return Admit::Pass(permit);
         }
         self.0.rejected.fetch_add(1, SeqCst);
-        event!(lifecycle, DEBUG, "call rejected: shutting down");
         let rejected = Rejected::by(LayerKind::Lifecycle, RejectedKind::ShuttingDown);
         // Another instance can serve the call at once.
-        Admit::Reject(rejected.with_retry_after(Duration::ZERO))
+        Admit::Reject(rejected.with_retry_after(Duration::ZERO).reported())
     }
 
     fn permit(

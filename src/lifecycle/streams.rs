@@ -31,7 +31,11 @@ use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
 use super::stages::{CallGuard, ConnectionState};
-use crate::{event::event, listener::LazyTimer};
+use crate::{
+    event::event,
+    listener::LazyTimer,
+    outcome::{LayerKind, TimeoutPhase},
+};
 
 /// Number of bytes of a frame for which the time limit is extended by one write timeout.
 ///
@@ -262,7 +266,9 @@ impl<F: Future> Future for StreamTask<F> {
                     if timer.has_fired(cx) {
                         let now = Instant::now();
                         if now >= deadline {
-                            event!(lifecycle, DEBUG, "stream reset: the client does not read");
+                            let (layer, reason) =
+                                (LayerKind::Lifecycle.as_str(), TimeoutPhase::Unread.as_str());
+                            event!(lifecycle, DEBUG, layer, "", reason = reason, "stream reset");
                             return Poll::Ready(());
                         }
                         timer.arm(deadline, now, cx);

@@ -28,6 +28,10 @@ impl<Req> Policy<Req> for SharedLimiter {
 
     const LAYER: LayerKind = LayerKind::ConcurrencyLimit;
 
+    fn name(&self) -> &str {
+        Limiter::name(self)
+    }
+
     #[inline]
     fn peek(&self) -> bool {
         self.has_room()
@@ -69,6 +73,10 @@ impl<Req, K: ClassifyCall<Req>> Policy<Req> for PartitionedPolicy<K> {
     type Wait = PermitWait;
 
     const LAYER: LayerKind = LayerKind::ConcurrencyLimit;
+
+    fn name(&self) -> &str {
+        Limiter::name(&self.limiter)
+    }
 
     fn peek(&self) -> bool {
         self.limiter.has_room()

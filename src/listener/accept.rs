@@ -3,7 +3,8 @@ use std::{io, time::Duration};
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    event::{RepeatedEvent, event},
+    event::{RepeatedEvent, event, prose},
+    outcome::LayerKind,
     redact,
 };
 
@@ -49,13 +50,15 @@ impl AcceptErrors {
             Ok(connection) => return Some(connection),
             Err(error) => error,
         };
-        if let Some(_occurrences) = self.record(&error) {
+        if let Some(occurrences) = self.record(&error) {
             event!(
                 listener,
                 WARN,
-                error = %redact::Redacted(&error),
-                occurrences = _occurrences,
-                "cannot accept connections"
+                LayerKind::Listener.as_str(),
+                "",
+                why = prose(redact::Redacted(&error)),
+                occurrences = occurrences,
+                "cannot accept connections",
             );
         }
         None

@@ -146,16 +146,19 @@ const BUDGET_USED_UP: &str = "budget_used_up";
 
 /// Emits an event with the target of a layer. A target is a constant, so each layer has an event of its own.
 macro_rules! event_of_layer {
-    ($layer:expr, $level:ident, $($fields:tt)*) => {
+    ($level:ident, $layer:expr, $name:expr, $($fields:tt)*) => {
         match $layer {
-            "circuit_breaker" => event!(breaker, $level, $($fields)*),
-            "concurrency_limit" => event!(limit, $level, $($fields)*),
-            "connect" => event!(connect, $level, $($fields)*),
-            "deadline" => event!(deadline, $level, $($fields)*),
-            "timeout" | "server_timeout" => event!(timeout, $level, $($fields)*),
-            "health_probe" => event!(health, $level, $($fields)*),
-            "lifecycle" => event!(lifecycle, $level, $($fields)*),
-            _ => event!(observe, $level, $($fields)*),
+            "circuit_breaker" | "keyed_circuit_breaker" => {
+                event!(breaker, $level, $layer, $name, $($fields)*);
+            }
+            "concurrency_limit" => event!(limit, $level, $layer, $name, $($fields)*),
+            "connect" => event!(connect, $level, $layer, $name, $($fields)*),
+            "deadline" | "timeout" | "server_timeout" => {
+                event!(timeout, $level, $layer, $name, $($fields)*);
+            }
+            "health_probe" => event!(health, $level, $layer, $name, $($fields)*),
+            "lifecycle" => event!(lifecycle, $level, $layer, $name, $($fields)*),
+            _ => event!(observe, $level, $layer, $name, $($fields)*),
         }
     };
 }
@@ -164,35 +167,29 @@ impl Watched {
     /// Emits the event of a summary. Runs code of the subscriber, so no lock may be held.
     fn emit(&self, summary: &EpisodeSummary) {
         let EpisodeSummary { kind, reason, summary, .. } = summary;
-        let (name, layer, reason) = (self.name.as_deref(), self.layer, &**reason);
+        let (name, layer, reason) = (self.name.as_deref().unwrap_or(""), self.layer, &**reason);
         match (kind, *summary) {
             (Repeated::Rejections, Summary::Occurred { count, within, .. }) => {
-                let in_ms = within / 1_000_000;
                 event_of_layer!(
-                    layer,
                     WARN,
-                    resilience.name = name,
                     layer,
-                    reason,
-                    count,
-                    in_ms,
-                    "calls rejected"
+                    name,
+                    reason = reason,
+                    count = count,
+                    in_ms = within / 1_000_000,
+                    "calls rejected",
                 );
-                let _ = (count, in_ms);
             }
             (Repeated::Rejections, Summary::Ended { count, lasted }) => {
-                let lasted_ms = lasted / 1_000_000;
                 event_of_layer!(
-                    layer,
                     INFO,
-                    resilience.name = name,
                     layer,
-                    reason,
-                    count,
-                    lasted_ms,
-                    "calls are admitted again"
+                    name,
+                    reason = reason,
+                    count = count,
+                    lasted_ms = lasted / 1_000_000,
+                    "calls are admitted again",
                 );
-                let _ = (count, lasted_ms);
             }
             (Repeated::RetriesDeclined, Summary::Occurred { count, is_first: true, .. })
                 if reason == BUDGET_USED_UP =>
@@ -200,32 +197,28 @@ impl Watched {
                 event!(
                     retry,
                     WARN,
-                    resilience.name = name,
                     layer,
-                    reason,
-                    count,
-                    "retry budget used up"
+                    name,
+                    reason = reason,
+                    count = count,
+                    "retry budget used up",
                 );
-                let _ = count;
             }
             (Repeated::RetriesDeclined, Summary::Ended { count, lasted })
                 if reason == BUDGET_USED_UP =>
             {
-                let lasted_ms = lasted / 1_000_000;
                 event!(
                     retry,
                     INFO,
-                    resilience.name = name,
                     layer,
-                    reason,
-                    count,
-                    lasted_ms,
-                    "retry budget is back"
+                    name,
+                    reason = reason,
+                    count = count,
+                    lasted_ms = lasted / 1_000_000,
+                    "retry budget is back",
                 );
-                let _ = (count, lasted_ms);
             }
             _ => {}
         }
-        let _ = (name, layer);
     }
 }

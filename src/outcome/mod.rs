@@ -88,7 +88,7 @@ pub(crate) use self::{
     attribution::{
         COUNT_CANCELLED_AFTER, CallerDeadline, Ending, UpstreamClock, attribute, request_mark,
     },
-    rejected::LayerKind,
+    rejected::{LayerKind, report_rejection},
 };
 pub use self::{
     attribution::{SentMark, WaitsFor},

@@ -1,7 +1,12 @@
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use super::rejected_kind::RejectedKind;
-use crate::{error, fault::LayerName, time::DeadlineSource};
+use crate::{
+    error,
+    event::{self, event},
+    fault::LayerName,
+    time::DeadlineSource,
+};
 
 /// The rejection or the timeout of a call by a layer.
 ///
@@ -23,19 +28,25 @@ pub struct Rejected {
     label: Option<Arc<LayerName>>,
 }
 
-/// The layers that reject calls.
+/// The layers that reject calls or emit events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum LayerKind {
     CircuitBreaker,
     ConcurrencyLimit,
     HealthProbe,
+    /// A check of the health registry, which rejects no call.
+    HealthCheck,
     Lifecycle,
+    Listener,
     Retry,
+    Hedge,
     Connect,
     Timeout,
     /// A timeout around a service of this server: the server itself was too slow, not an upstream.
     ServerTimeout,
     Deadline,
+    /// A ready-made stack.
+    Stack,
     /// The application, by [`Rejected::new`].
     User,
 }
@@ -46,12 +57,16 @@ impl LayerKind {
             Self::CircuitBreaker => "circuit_breaker",
             Self::ConcurrencyLimit => "concurrency_limit",
             Self::HealthProbe => "health_probe",
+            Self::HealthCheck => "health_check",
             Self::Lifecycle => "lifecycle",
+            Self::Listener => "listener",
             Self::Retry => "retry",
+            Self::Hedge => "hedge",
             Self::Connect => "connect",
             Self::Timeout => "timeout",
             Self::ServerTimeout => "server_timeout",
             Self::Deadline => "deadline",
+            Self::Stack => "stack",
             Self::User => "user",
         }
     }
@@ -72,11 +87,13 @@ impl Rejected {
         Self { kind, layer, marks: 0, retry_after_ms: NO_HINT, label: None }
     }
 
-    pub(crate) fn misconfigured(layer: LayerKind, label: Arc<LayerName>) -> Self {
+    /// Returns the rejection of a call because of the fault of the layer `name`, and reports both.
+    pub(crate) fn misconfigured(layer: LayerKind, name: &str, label: Arc<LayerName>) -> Self {
         // A response to a rejected call does not contain the error, so the log must.
         if let Some(fault) = &label.fault {
-            fault.report(layer.as_str(), "every call is rejected");
+            fault.report(layer.as_str(), name, "every call is rejected");
         }
+        report_rejection(layer, name, RejectedKind::Misconfigured, None, false);
         Self {
             kind: RejectedKind::Misconfigured,
             layer,
@@ -88,6 +105,18 @@ impl Rejected {
 
     pub(crate) fn labelled(mut self, label: Option<Arc<LayerName>>) -> Self {
         self.label = label;
+        self
+    }
+
+    /// Reports the rejection, and returns it.
+    pub(crate) fn reported(self) -> Self {
+        report_rejection(
+            self.layer,
+            self.name().unwrap_or_default(),
+            self.kind,
+            self.retry_after(),
+            false,
+        );
         self
     }
 
@@ -187,6 +216,61 @@ impl Rejected {
     #[must_use]
     pub fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
         error::chain(error).find_map(|error| error.downcast_ref())
+    }
+}
+
+/// Emits the event "call rejected": the event of all layers that reject a call. `is_shadow`: the layer is in shadow mode
+/// and admits the call.
+#[inline]
+pub(crate) fn report_rejection(
+    layer: LayerKind,
+    name: &str,
+    kind: RejectedKind,
+    retry_after: Option<Duration>,
+    is_shadow: bool,
+) {
+    if event::is_debug() {
+        emit_rejection(layer, name, kind, retry_after, is_shadow);
+    }
+}
+
+#[cold]
+fn emit_rejection(
+    layer: LayerKind,
+    name: &str,
+    kind: RejectedKind,
+    retry_after: Option<Duration>,
+    is_shadow: bool,
+) {
+    macro_rules! emit {
+        ($target:ident) => {
+            event!(
+                $target,
+                DEBUG,
+                layer.as_str(),
+                name,
+                reason = kind.as_str(),
+                retry_after_ms = retry_after.map(event::ms),
+                shadow = is_shadow,
+                "call rejected",
+            )
+        };
+    }
+    // The target of an event is a constant, so each layer has an event of its own.
+    match layer {
+        LayerKind::CircuitBreaker => emit!(breaker),
+        LayerKind::ConcurrencyLimit => emit!(limit),
+        LayerKind::HealthProbe => emit!(health),
+        LayerKind::Lifecycle => emit!(lifecycle),
+        LayerKind::Retry => emit!(retry),
+        LayerKind::Connect => emit!(connect),
+        LayerKind::Timeout | LayerKind::ServerTimeout | LayerKind::Deadline => emit!(timeout),
+        // These reject no call by themselves, or report it as the application does.
+        LayerKind::HealthCheck
+        | LayerKind::Listener
+        | LayerKind::Hedge
+        | LayerKind::Stack
+        | LayerKind::User => {}
     }
 }
 

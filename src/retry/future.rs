@@ -3,6 +3,7 @@ use std::{
     future::Future,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use pin_project_lite::pin_project;
@@ -12,17 +13,18 @@ use tower_service::Service;
 use super::{
     overrides::AttemptContext,
     settings::RetrySettings,
-    span::AttemptSpan,
     state::{EndedAttempt, RetryDelay, RetryState},
 };
 use crate::{
     attempt::{
-        AttemptFuture, AttemptResponse, ClassifyAttempt, Core, GiveUpReason, PolledHead,
-        ReplayRequest, RetryAction, SavedCall, classify_by_request, earns_deposit, failed_status,
-        is_good,
+        AttemptFuture, AttemptResponse, AttemptSpan, ClassifyAttempt, Core, FurtherAttempt,
+        GiveUpReason, PolledHead, ReplayRequest, RetryAction, SavedCall, classify_by_request,
+        earns_deposit, failed_status, is_good,
     },
+    event::{event, ms},
     outcome::{
         DropCause, LayerKind, Outcome, Rejected, RejectedKind, TimeoutPhase, WaitsFor, grpc,
+        report_rejection,
     },
     permit::ShardedRef,
     time::{Deadline, may_have_expired, poll_timer},
@@ -93,6 +95,8 @@ where
                                 this.core.deposit_first();
                             }
                             this.core.settings.deposit_transparent();
+                            drop(entered);
+                            this.span.end(outcome);
                             return Poll::Ready(M::return_first(result));
                         }
                         attempt.as_mut().store(M::pending(result, classified));
@@ -205,8 +209,9 @@ where
             }
             _ => {
                 // Marks the drop of the attempt as a timeout. Inner layers would otherwise record it as a hang-up.
-                DropCause::TimedOut(this.core.settings.attempt_timeout())
-                    .during(|| this.stage.set(RetryStage::Ended));
+                let limit = this.core.settings.attempt_timeout();
+                report_timeout(&this.core.settings, TimeoutPhase::Head, limit);
+                DropCause::TimedOut(limit).during(|| this.stage.set(RetryStage::Ended));
                 let timed_out = RejectedKind::TimedOut(TimeoutPhase::Head);
                 M::pending_error(Rejected::by(LayerKind::Retry, timed_out).into())?
             }
@@ -340,7 +345,12 @@ where
                         unreachable!("saved for every retry")
                     };
                     let attempt = state.begin_attempt(&core.settings);
-                    *this.span = AttemptSpan::further(attempt.number - 1, state.delay());
+                    let further = FurtherAttempt {
+                        resend_count: attempt.number - 1,
+                        delay: Some(state.delay()),
+                    };
+                    let name = core.settings.name.as_str();
+                    *this.span = AttemptSpan::further(LayerKind::Retry, name, further);
                     let entered = this.span.enter();
                     let future = state.service(core).call(M::replay(saved, attempt));
                     drop(entered);
@@ -363,11 +373,14 @@ where
             RetryStageProj::Calling { .. } => {
                 let rejected = rejected(RejectedKind::TimedOut(TimeoutPhase::Deadline))
                     .with_deadline_source(source);
+                report_timeout(&this.core.settings, TimeoutPhase::Deadline, None);
                 this.span.end(state.record_rejected(&rejected));
                 rejected
             }
             RetryStageProj::Expired => {
                 state.record_no_attempt();
+                let (layer, name) = (LayerKind::Retry, this.core.settings.name.as_str());
+                report_rejection(layer, name, RejectedKind::DeadlinePassed, None, false);
                 rejected(RejectedKind::DeadlinePassed)
             }
             _ => rejected(RejectedKind::DeadlinePassed),
@@ -382,6 +395,19 @@ where
         };
         M::return_recorded(pending, Some(record))
     }
+}
+
+/// Emits the event of an attempt that the attempt timeout or the deadline ends.
+fn report_timeout(settings: &RetrySettings, phase: TimeoutPhase, after: Option<Duration>) {
+    event!(
+        retry,
+        DEBUG,
+        LayerKind::Retry.as_str(),
+        settings.name.as_str(),
+        phase = phase.as_str(),
+        after_ms = after.map(ms),
+        "timed out",
+    );
 }
 
 impl<S, F, P, C> fmt::Debug for RetryFuture<S, F, P, C> {

@@ -15,7 +15,7 @@ use crate::{
     classify::{Classify, Http},
     error::ConfigError,
     fault::Fault,
-    outcome::Outcome,
+    outcome::{LayerKind, Outcome},
 };
 
 /// Retries failed calls if a retry is safe, useful and within the budget.
@@ -460,7 +460,8 @@ impl<S: Clone, M: Clone> Layer<S> for RetryLayer<M> {
         if let (true, Some(contradiction)) = (fault.is_none(), settings.contradiction()) {
             fault = contradiction.clone();
         }
-        fault.report("retry", "nothing is retried");
+        let name = settings.name.as_str();
+        fault.report(LayerKind::Retry.as_str(), name, "nothing is retried");
         let budget = settings.budget();
         let core = Core::new(settings, budget, inner.clone(), fault.is_some());
         Retry::new(inner, core, self.protocol.clone())

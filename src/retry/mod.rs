@@ -155,10 +155,11 @@
 //!
 //! # Telemetry
 //!
-//! Each attempt has a span `attempt` at DEBUG, which ends when the response is classified. Its field `reason` is the
-//! outcome. A first attempt that succeeds has no `reason`, unless the layer has rules of the user. The span of a
-//! further attempt has `http.request.resend_count`, as OpenTelemetry specifies, and `delay_ms`, the delay before the
-//! attempt.
+//! Each attempt has a span `attempt` at DEBUG, which ends when the response is classified. Its fields are
+//! `resilience.name`, `layer`, `hedge` (`false` for the attempts of a retry), `outcome` and `reason`. The span of a
+//! further attempt also has `http.request.resend_count`, as OpenTelemetry specifies, and `delay_ms`, the delay before
+//! the attempt. The spans of the attempts of one call are siblings. An attempt that its caller drops ends as
+//! `cancelled`.
 //!
 //! Each decision about a retry is an event at DEBUG.
 //!
@@ -200,7 +201,6 @@ mod preset;
 mod retried;
 mod service;
 mod settings;
-mod span;
 mod state;
 
 pub use self::{

@@ -8,13 +8,14 @@ use tower_service::Service;
 use super::{
     future::{RetryFuture, RetryStage},
     settings::RetrySettings,
-    span::AttemptSpan,
 };
 use crate::{
     admission::Reusable,
-    attempt::{AttemptFuture, Attempts, ClassifyAttempt, Core, ReplayRequest, SavedCall},
+    attempt::{
+        AttemptFuture, AttemptSpan, Attempts, ClassifyAttempt, Core, ReplayRequest, SavedCall,
+    },
     classify::Http,
-    outcome::is_mark_requested,
+    outcome::{LayerKind, is_mark_requested},
     permit::ShardedArc,
     time::CallClock,
 };
@@ -97,7 +98,7 @@ where
         }
         // Take the reference before the call, so that the future of the call is built in its final place and not moved.
         let core = self.core.lease();
-        let span = AttemptSpan::first();
+        let span = AttemptSpan::first(LayerKind::Retry, || core.settings.name.as_str());
         let entered = span.enter();
         // Not through a variable, because a move of a request is expensive.
         let future = self.inner.call(M::first_attempt(request, saved.as_mut(), rules));

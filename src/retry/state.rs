@@ -17,10 +17,12 @@ use crate::{
         GiveUpReason, PerKind, RetryAction, Withdrawal, earns_deposit,
     },
     drain::RESPONSE_TIMEOUT,
-    event::event,
-    outcome::{Outcome, Reason, Rejected, http as rule},
+    event::{event, ms},
+    outcome::{LayerKind, Outcome, Reason, Rejected, http as rule},
     time::Deadline,
 };
+
+const LAYER: &str = LayerKind::Retry.as_str();
 
 pub(super) struct RetryState<S> {
     /// The service of the further attempts. `None` before the first of them.
@@ -180,11 +182,14 @@ impl<S> RetryState<S> {
                 event!(
                     retry,
                     DEBUG,
-                    resilience.name = core.settings.name.as_str(),
+                    LAYER,
+                    core.settings.name.as_str(),
                     attempt = self.record.made,
-                    delay_ms = plan.delay.as_millis() as u64,
-                    reason = ?outcome,
-                    "retrying"
+                    delay_ms = ms(plan.delay),
+                    outcome = outcome.kind().as_str(),
+                    reason = outcome.reason().as_str(),
+                    code = outcome.code(),
+                    "retrying",
                 );
                 // The drain leaves the next attempt its minimum time before the deadline.
                 let max_drain_time = left
@@ -197,15 +202,6 @@ impl<S> RetryState<S> {
                 })
             }
             Err(stop) => {
-                event!(
-                    retry,
-                    DEBUG,
-                    resilience.name = core.settings.name.as_str(),
-                    attempt = self.record.made,
-                    reason = stop.as_str(),
-                    outcome = ?outcome,
-                    "not retried"
-                );
                 self.record.sent += u32::from(may_be_sent);
                 self.record.push(AttemptRecord { outcome, waited: Duration::ZERO });
                 Err(stop)
@@ -268,14 +264,44 @@ impl<S> RetryState<S> {
         outcome
     }
 
+    /// Emits the event of the end of a call that has been retried, or whose first attempt has failed.
+    fn notify_of_end(&self, settings: &RetrySettings, stop: GiveUpReason, is_recovered: bool) {
+        let name = settings.name.as_str();
+        if is_recovered {
+            event!(
+                retry,
+                DEBUG,
+                LAYER,
+                name,
+                attempts = self.record.made,
+                waited_ms = ms(self.record.waited),
+                "recovered",
+            );
+        } else if self.record.made > 0 {
+            event!(
+                retry,
+                DEBUG,
+                LAYER,
+                name,
+                attempt = self.record.made,
+                reason = stop.as_str(),
+                outcome = self.last.map(|outcome| outcome.kind().as_str()),
+                code = self.last.and_then(|outcome| outcome.code()),
+                "not retried",
+            );
+        }
+    }
+
     /// Ends the call without a further attempt. Refunds a withdrawal that is not spent, and returns the record of the
     /// attempts.
     pub(super) fn give_up(&mut self, settings: &RetrySettings, stop: GiveUpReason) -> Attempts {
         settings.counters.record_give_up(stop);
         let is_success = self.last.is_some_and(|outcome| outcome.is_success());
-        if stop == GiveUpReason::Responded && self.record.made > 1 && is_success {
+        let is_recovered = stop == GiveUpReason::Responded && self.record.made > 1 && is_success;
+        if is_recovered {
             settings.counters.record_recovery();
         }
+        self.notify_of_end(settings, stop, is_recovered);
         self.retried = None;
         self.withdrawal = None;
         self.record.stop = stop;

@@ -10,7 +10,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    handle::{CurrentConfig, HealthCheck, StackSnapshot},
+    handle::{CurrentConfig, HealthCheck, StackSnapshot, notify_of_update},
     meter::{Meter, MeterLayer},
     service::{StackFuture, stack_service},
 };
@@ -221,9 +221,12 @@ impl ClientHandle {
                 .map(|change| change.key)
                 .collect();
             next.copy_from(now, &fixed);
-            (next, fixed)
+            let keys = now.changes(&next);
+            (next, (fixed, keys))
         };
-        self.stack.now.update(next, |config| self.apply(config))
+        let (fixed, keys) = self.stack.now.update(next, |config| self.apply(config))?;
+        notify_of_update(&config.name, &keys, &fixed);
+        Ok(fixed)
     }
 
     /// Changes the layers as far as that is possible while they run.

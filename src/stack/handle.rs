@@ -12,9 +12,11 @@ use super::meter::MeterCounts;
 use crate::sync::Mutex;
 use crate::{
     breaker::{CircuitBreakerSnapshot, CircuitState},
-    config::ConfigErrors,
+    config::{ConfigErrors, SettingChange},
+    event::{as_one_update, event},
     health::ProbeState,
     limit::ConcurrencyLimitSnapshot,
+    outcome::LayerKind,
 };
 
 /// A snapshot of a stack. Values of layers that the stack does not contain are `None` or 0.
@@ -159,6 +161,24 @@ impl StackSnapshot {
     }
 }
 
+/// Emits the event of an update. `fixed` are the keys of the settings that need a new stack.
+pub(super) fn notify_of_update(name: &str, keys: &[SettingChange], fixed: &[&'static str]) {
+    if keys.is_empty() && fixed.is_empty() {
+        return;
+    }
+    let layer = LayerKind::Stack.as_str();
+    let keys: Vec<&str> = keys.iter().map(|change| change.key).collect();
+    event!(
+        config,
+        INFO,
+        layer,
+        name,
+        keys = keys.join(",").as_str(),
+        needs_new_stack = (!fixed.is_empty()).then(|| fixed.join(",")).as_deref(),
+        "settings changed",
+    );
+}
+
 // ===== The shared state of a stack =====
 
 /// The configuration in force and the last health check.
@@ -233,7 +253,7 @@ impl<C> CurrentConfig<C> {
                 let now = self.config.lock();
                 (now.config.clone(), now.version)
             };
-            let applied = apply(&config);
+            let applied = as_one_update(|| apply(&config));
             let mut now = self.config.lock();
             let is_newest = now.version == version;
             match applied {

@@ -9,7 +9,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    handle::{CurrentConfig, StackSnapshot},
+    handle::{CurrentConfig, StackSnapshot, notify_of_update},
     meter::{Meter, MeterLayer},
     service::{StackFuture, stack_service},
 };
@@ -167,9 +167,12 @@ impl ServerHandle {
             let fixed: Vec<_> = fixed.map(|change| change.key).collect();
             let mut next = config.clone();
             next.copy_from(now, &fixed);
-            (next, fixed)
+            let keys = now.changes(&next);
+            (next, (fixed, keys))
         };
-        self.stack.now.update(next, |config| self.apply(config))
+        let (fixed, keys) = self.stack.now.update(next, |config| self.apply(config))?;
+        notify_of_update(&config.name, &keys, &fixed);
+        Ok(fixed)
     }
 
     /// Changes the layers as far as that is possible while they run.

@@ -89,7 +89,7 @@ impl<B: Body> Body for TimedBody<B> {
             if let Some(timers) = this.timers.take() {
                 // The inner body is dropped as if its caller had hung up.
                 this.inner.set(EitherBody::ended());
-                let rejected = timed_out(timers.slot, timers.by, TimeoutPhase::Unread, None);
+                let rejected = timed_out(timers.slot, timers.by, TimeoutPhase::Unread, None, None);
                 return Poll::Ready(Some(timers.end(rejected)));
             }
         }
@@ -99,7 +99,7 @@ impl<B: Body> Body for TimedBody<B> {
         // The error is converted first, so that the frame is inspected in place and is not moved afterwards.
         let polled = this.inner.as_mut().poll_frame(cx).map_err(this.box_error);
         let Some(timers) = this.timers else { return polled };
-        let phase = match &polled {
+        let (phase, limit) = match &polled {
             Poll::Ready(next) => {
                 timers.begun = true;
                 this.idle.end_wait();
@@ -117,7 +117,7 @@ impl<B: Body> Body for TimedBody<B> {
                 if !is_late {
                     return polled;
                 }
-                timers.end_of.phase()
+                (timers.end_of.phase(), None)
             }
             Poll::Pending => {
                 let (limit, silence) = match timers.begun {
@@ -125,14 +125,14 @@ impl<B: Body> Body for TimedBody<B> {
                     true => (timers.idle, TimeoutPhase::Idle),
                 };
                 match ready!(this.idle.poll(limit.time(), timers.end, cx)) {
-                    Expired::Silence => silence,
-                    Expired::End => timers.end_of.phase(),
+                    Expired::Silence => (silence, limit.time()),
+                    Expired::End => (timers.end_of.phase(), None),
                 }
             }
         };
         // Dropping the inner body releases what inner layers hold for the call.
         drop_by(phase, None, timers.end_of.source(), || this.inner.set(EitherBody::ended()));
-        let rejected = timed_out(timers.slot, timers.by, phase, timers.end_of.source());
+        let rejected = timed_out(timers.slot, timers.by, phase, timers.end_of.source(), limit);
         Poll::Ready(Some(timers.end(rejected)))
     }
 

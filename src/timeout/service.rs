@@ -126,7 +126,7 @@ impl<S, M, R> Timeout<S, M, R> {
         let (times, body_rate) = timeouts.into_parts();
         let mut timers = CallTimers::new(times, self.by, self.reject.form(&request), self.slot);
         if let Some(fault) = fault {
-            let rejected = Rejected::misconfigured(self.by, fault);
+            let rejected = Rejected::misconfigured(self.by, self.state.name_or_empty(), fault);
             let rejected = self.reject.discard(request, rejected);
             return self.rejected(timers, rejected);
         }
@@ -292,7 +292,10 @@ where
                 TimeoutPhase::Sending | TimeoutPhase::BodyRate => {
                     stalled(timers.slot, timers.by, phase)
                 }
-                phase => timed_out(timers.slot, timers.by, phase, timers.source()),
+                phase => {
+                    let limit = timers.timeouts.get(phase);
+                    timed_out(timers.slot, timers.by, phase, timers.source(), limit)
+                }
             };
             if this.upload.as_ref().is_some_and(|upload| upload.time_out()) {
                 rejected = rejected.draining();

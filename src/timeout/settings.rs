@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     error::ConfigError,
-    event::{RepeatedEvent, event},
+    event::{self, RepeatedEvent, event, settings_changed},
     fault::{LayerFault, LayerName, NameCell},
     outcome::{DropCause, LayerKind, Rejected, RejectedKind, TimeoutPhase},
     permit::{FreeSlots, OwnedSlot, SlotOwner, SlotRef},
@@ -366,27 +366,23 @@ impl TimeoutState {
     /// Counts a call whose deadline has passed before it begins, and returns its rejection.
     pub(super) fn reject(&self, by: LayerKind) -> Rejected {
         self.rejected.fetch_add(1, Relaxed);
-        event!(
-            timeout,
-            DEBUG,
-            resilience.name = self.name_or_empty(),
-            "deadline passed before the call began"
-        );
-        Rejected::by(by, RejectedKind::DeadlinePassed).labelled(self.label.get().cloned())
+        let label = self.label.get().cloned();
+        Rejected::by(by, RejectedKind::DeadlinePassed).labelled(label).reported()
     }
 
-    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Used by events and metrics only.
     pub(super) fn name_or_empty(&self) -> &str {
         self.label.as_str()
     }
 }
 
-/// Counts a call that has timed out in this phase, and returns its rejection.
+/// Counts a call that has timed out in this phase, and returns its rejection. `after` is the timeout of the call, or
+/// `None` if it is that of the layer.
 pub(super) fn timed_out(
     slot: SlotRef<TimeoutState>,
     by: LayerKind,
     phase: TimeoutPhase,
     source: Option<DeadlineSource>,
+    after: Option<Duration>,
 ) -> Rejected {
     let source = source.filter(|_| phase == TimeoutPhase::Deadline);
     let rejected = Rejected::by(by, RejectedKind::TimedOut(phase)).with_deadline_source(source);
@@ -396,9 +392,11 @@ pub(super) fn timed_out(
     event!(
         timeout,
         DEBUG,
-        resilience.name = state.name_or_empty(),
-        reason = phase.as_str(),
-        "timed out"
+        by.as_str(),
+        state.name_or_empty(),
+        phase = phase.as_str(),
+        after_ms = after.or_else(|| state.timeouts().times.get(phase)).map(event::ms),
+        "timed out",
     );
     rejected.labelled(state.label.get().cloned())
 }
@@ -482,8 +480,15 @@ impl TimeoutHandle {
     ///
     /// Fails if [`Timeouts::check`] fails, and then changes nothing.
     pub fn set(&self, timeouts: Timeouts) -> Result<(), ConfigError> {
+        self.set_keys("timeouts", timeouts)
+    }
+
+    fn set_keys(&self, keys: &'static str, timeouts: Timeouts) -> Result<(), ConfigError> {
         timeouts.check()?;
         self.0.set(timeouts);
+        let state = &self.0;
+        let (layer, name) = (state.by.as_str(), state.name_or_empty());
+        settings_changed!(timeout, state.is_used(), layer, name, keys);
         Ok(())
     }
 }
@@ -501,7 +506,7 @@ macro_rules! live_setters {
                 ///
                 /// Fails if the value is zero, and then changes nothing.
                 pub fn $set(&self, value: $value) -> Result<(), ConfigError> {
-                    self.set(Timeouts::new().$setter(value))
+                    self.set_keys(stringify!($setter), Timeouts::new().$setter(value))
                 }
             )*
         }

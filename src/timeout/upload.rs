@@ -419,7 +419,7 @@ impl<B: Body + 'static> Body for SendingBody<B> {
         let Some(upload) = &this.upload.0 else { return Poll::Pending };
         let (max_silence, phase) = upload.max_silence();
         ready!(this.idle.poll(max_silence, None, cx));
-        let rejected = timed_out(upload.slot, upload.by, phase, None);
+        let rejected = timed_out(upload.slot, upload.by, phase, None, max_silence);
         upload.end(if phase == TimeoutPhase::BodyRate {
             UploadStage::TooSlow
         } else {

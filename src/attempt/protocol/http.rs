@@ -108,7 +108,9 @@ impl<B: Body> ReplayRequest<Request<B>> for Http {
     }
 
     fn hedge_attempt(saved: &SavedRequest<B>, number: u32) -> Self::Request {
-        let copy = saved.marked(HedgeAttempt(number));
+        let mut copy = saved.marked(HedgeAttempt(number));
+        let first = copy.extensions().get().map_or(1, |Attempt(number)| *number);
+        copy.extensions_mut().insert(Attempt(first.saturating_add(number)));
         // The request may be an attempt of an outer retry, with a number of its own.
         let before = copy.headers().get(PREVIOUS_ATTEMPTS);
         let before: u32 = before.and_then(|n| n.to_str().ok()?.parse().ok()).unwrap_or(0);

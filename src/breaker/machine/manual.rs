@@ -3,7 +3,7 @@
 use std::{mem, time::Duration};
 
 use super::super::{
-    state::{CircuitSettings, CircuitState, Transition},
+    state::{ChangedBy, CircuitSettings, CircuitState, Transition},
     trip::Trip,
 };
 use super::{
@@ -26,7 +26,8 @@ impl Machine {
             self.trips_in_row = 0;
         }
         self.last_event = now;
-        self.transition_to(phase(to, Duration::ZERO, now), None, now)
+        let change = self.transition_to(phase(to, Duration::ZERO, now), None, now);
+        Transition { by: Some(ChangedBy::Hand), ..change }
     }
 
     /// Adds or removes an isolation, which holds the circuit open. The state beneath it continues to change.
@@ -36,7 +37,15 @@ impl Machine {
         let turned = (before == 0) != (self.isolations == 0);
         let to = self.state();
         self.history.record_change(from, to, now);
-        turned.then_some(Transition { from, to, tripped: None, probes: None })
+        turned.then_some(Transition {
+            from,
+            to,
+            tripped: None,
+            probes: None,
+            open_for: 0,
+            episode: None,
+            by: Some(ChangedBy::Isolation),
+        })
     }
 
     /// Returns the part of a snapshot that another circuit restores.
@@ -64,7 +73,12 @@ impl Machine {
         self.trips_in_row = saved.trips_in_row;
         self.last_event = now;
         self.open_time = self.open_time.max(nanos(saved.left));
-        self.transition_to(phase(saved.state, saved.left, now), None, now)
+        if matches!(saved.state, CircuitState::Open | CircuitState::HalfOpen) {
+            // The circuit of the snapshot has tripped.
+            self.episode.get_or_insert((now, saved.trips_in_row.max(1)));
+        }
+        let change = self.transition_to(phase(saved.state, saved.left, now), None, now);
+        Transition { by: Some(ChangedBy::Hand), ..change }
     }
 
     /// Sets new thresholds of the same rules, and keeps the counts. Returns `false` if they are other rules.

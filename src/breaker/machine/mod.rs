@@ -29,7 +29,7 @@ pub(super) use self::{
     stats::{CallCounts, Ended, TimeWindows, Windows},
 };
 use super::{
-    state::{CircuitSettings, CircuitState, Transition},
+    state::{CircuitSettings, CircuitState, OpenEpisode, Transition},
     trip::{Trip, TripReason},
 };
 use crate::time::{Nanos, nanos};
@@ -81,6 +81,9 @@ pub(super) struct Machine {
     last_event: Nanos,
     /// The duration of the last open state, or of the next one if the circuit has not been open yet.
     open_time: Nanos,
+    /// The time of the first trip since the circuit was closed, and the number of trips since then. `None` if there was
+    /// none.
+    episode: Option<(Nanos, u32)>,
 }
 
 #[derive(Debug)]
@@ -120,6 +123,7 @@ impl Machine {
             ended: None,
             last_event: 0,
             open_time,
+            episode: None,
         };
         (machine, times)
     }
@@ -146,7 +150,14 @@ impl Machine {
         }
         let to = self.state();
         self.history.record_change(from, to, now);
-        Transition { from, to, tripped, probes: progress }
+        let episode = self
+            .episode
+            .map(|(since, opened)| OpenEpisode { opened, lasted: now.saturating_sub(since) });
+        if matches!(self.phase, MachinePhase::Closed { .. } | MachinePhase::ForcedClosed) {
+            self.episode = None;
+        }
+        let open_for = if tripped.is_some() { self.open_time } else { 0 };
+        Transition { from, to, tripped, probes: progress, open_for, episode, by: None }
     }
 
     /// Takes the probes of a phase that has ended. There may be many, and they are dropped without the lock.

@@ -243,6 +243,8 @@ impl Machine {
         self.history.record_trip(tripped);
         (self.last, self.last_rule) = (Some(tripped), None);
         self.open_time = nanos(wait);
+        let (since, opened) = self.episode.unwrap_or((at.now, 0));
+        self.episode = Some((since, opened.saturating_add(1)));
         let until = at.now.saturating_add(self.open_time);
         self.transition_to(MachinePhase::Open { until }, Some(tripped), at.now)
     }

@@ -62,6 +62,7 @@ use crate::{
     error::ConfigError,
     event::event,
     fault::{LayerName, NameCell},
+    outcome::LayerKind,
     report::{ReportCell, StateChange},
     sync::{Mutex, MutexGuard},
     time::{Clock, Nanos, nanos},
@@ -123,6 +124,8 @@ pub(super) struct Probing {
     pub(super) last_error: Option<Box<str>>,
     listeners: Vec<ProbeListener>,
     membership: Option<Membership>,
+    /// The time since which the gate is down.
+    down_since: Option<Nanos>,
 }
 
 /// A function of the user that receives the result of each probe.
@@ -182,6 +185,7 @@ impl Gate {
                 last_error: None,
                 listeners: Vec::new(),
                 membership: None,
+                down_since: None,
             }),
             prober: Mutex::new(ProberState::Idle),
             changed: Arc::new(Notify::new()),
@@ -232,7 +236,6 @@ impl Gate {
         self.label.set(name);
     }
 
-    #[cfg(feature = "observe")]
     pub(super) fn name(&self) -> &str {
         self.label.as_str()
     }
@@ -424,7 +427,7 @@ impl Gate {
             reporter.record(ended.as_ref().map_err(FailedProbe::to_string).copied(), Some(took));
         }
         probing.last_error = ended.err().and_then(|failed| failed.error);
-        let _error = probing.last_error.clone();
+        let error = probing.last_error.clone();
         let change = match result {
             // A rejection by an inner layer of this crate contains no information about the upstream.
             Err(ProbeFailure::Rejected) => None,
@@ -437,24 +440,18 @@ impl Gate {
         let delay = probing.schedule.delay(probing.threshold.state(), failing);
         let listeners = probing.listeners.clone();
         self.expect_result_in(delay);
+        let mut down_time = None;
+        match change {
+            Some(ProbeState::Down) => probing.down_since = Some(self.now()),
+            Some(_) => {
+                let since = probing.down_since.take();
+                down_time = since.map(|since| self.now().saturating_sub(since));
+            }
+            None => {}
+        }
         if let Some(to) = change {
             self.publish(probing);
-            let label = self.label();
-            let name = name_of(&label);
-            if let (ProbeState::Down, Err(reason)) = (to, result) {
-                event!(
-                    health,
-                    WARN,
-                    resilience.name = name,
-                    reason = reason.as_str(),
-                    error = _error.as_deref(),
-                    "health probe: down"
-                );
-                let _ = reason;
-            } else {
-                event!(health, INFO, resilience.name = name, "health probe: up");
-            }
-            let _ = name;
+            self.notify_of(to, result.err(), error.as_deref(), down_time);
             self.reports.report(|| StateChange {
                 event: if to == ProbeState::Down { "health probe down" } else { "health probe up" },
                 reason: result.err().map(|failure| failure.as_str()),
@@ -468,6 +465,32 @@ impl Gate {
             let _ = catch_panic(|| listener(result));
         }
         delay
+    }
+
+    /// Emits the event of a change of the state. `down_time` is the time for which the gate was down. Must be called
+    /// without a lock.
+    fn notify_of(
+        &self,
+        to: ProbeState,
+        failure: Option<ProbeFailure>,
+        error: Option<&str>,
+        down_time: Option<Nanos>,
+    ) {
+        let (layer, name) = (LayerKind::HealthProbe.as_str(), self.name());
+        if to == ProbeState::Down {
+            event!(
+                health,
+                WARN,
+                layer,
+                name,
+                reason = failure.map(|reason| reason.as_str()),
+                why = error,
+                "health probe down",
+            );
+        } else {
+            let down_ms = down_time.map(|time| time / 1_000_000);
+            event!(health, INFO, layer, name, down_ms = down_ms, "health probe up");
+        }
     }
 
     /// Sets the time at which the next result is expected.
@@ -565,10 +588,6 @@ fn state_of(word: u8) -> ProbeState {
     }
 }
 
-fn name_of(label: &Option<Arc<LayerName>>) -> &str {
-    label.as_ref().map_or("", |label| &*label.name)
-}
-
 impl Drop for Gate {
     /// Aborts the prober, because no layer, service or handle is left.
     fn drop(&mut self) {
@@ -586,7 +605,7 @@ impl Drop for Gate {
 impl fmt::Debug for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Gate")
-            .field("name", &name_of(&self.label()))
+            .field("name", &self.name())
             .field("state", &self.state())
             .finish_non_exhaustive()
     }

@@ -10,12 +10,11 @@ use tokio::sync::Notify;
 
 use super::{
     super::{fail_open::FailOpen, threshold::ProbeState},
-    ARMED, BACKPRESSURE, Gate, PASSIVE, SHADOW, name_of, state_of,
+    ARMED, BACKPRESSURE, Gate, PASSIVE, SHADOW, state_of,
 };
 use crate::{
     admission::{Admit, Policy, Terms},
-    event::event,
-    outcome::{LayerKind, Outcome, OutcomeKind, Rejected, RejectedKind},
+    outcome::{LayerKind, Outcome, OutcomeKind, Rejected, RejectedKind, report_rejection},
     permit::{Permit, Release, ReleaseAt, Token},
     sealed::Sealed,
 };
@@ -46,17 +45,19 @@ impl Gate {
         if self.fails_open() {
             return Ok(());
         }
+        let left = self.next_result.load(Ordering::Relaxed).saturating_sub(self.now());
+        let (layer, retry_after) = (LayerKind::HealthProbe, Duration::from_nanos(left));
         if word & SHADOW != 0 {
             self.shadowed.fetch_add(1, Ordering::Relaxed);
+            let kind = RejectedKind::Unhealthy;
+            report_rejection(layer, self.name(), kind, Some(retry_after), true);
             return Ok(());
         }
         self.rejected.fetch_add(1, Ordering::Relaxed);
-        let label = self.label();
-        event!(health, DEBUG, resilience.name = name_of(&label), "call rejected: unhealthy");
-        let left = self.next_result.load(Ordering::Relaxed).saturating_sub(self.now());
-        Err(Rejected::by(LayerKind::HealthProbe, RejectedKind::Unhealthy)
-            .with_retry_after(Duration::from_nanos(left))
-            .labelled(label))
+        Err(Rejected::by(layer, RejectedKind::Unhealthy)
+            .with_retry_after(retry_after)
+            .labelled(self.label())
+            .reported())
     }
 }
 
@@ -67,6 +68,10 @@ impl<Req> Policy<Req> for Arc<Gate> {
     type Wait = Ready<Result<Permit<Self>, Rejected>>;
 
     const LAYER: LayerKind = LayerKind::HealthProbe;
+
+    fn name(&self) -> &str {
+        Gate::name(self)
+    }
 
     #[inline]
     fn peek(&self) -> bool {

@@ -10,7 +10,7 @@ use super::super::{
     schedule::Schedule,
 };
 use super::{FailedProbe, Probe, ProbeFailure};
-use crate::event::event;
+use crate::{event::event, outcome::LayerKind};
 
 /// The parts of the task. It owns no strong reference to the gate, so that the task ends with the gate.
 pub(in super::super) struct Prober<S, P>
@@ -95,7 +95,10 @@ where
             event!(
                 health,
                 ERROR,
-                "health probe: the prober panicked: enable the timers of the runtime"
+                LayerKind::HealthProbe.as_str(),
+                gate.name(),
+                remedy = "enable the timers of the runtime",
+                "health prober panicked",
             );
             gate.stopped(None);
         } else {

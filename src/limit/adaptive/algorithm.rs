@@ -74,6 +74,12 @@ pub struct LimitChange {
     pub reason: ChangeReason,
 }
 
+impl LimitChange {
+    pub(super) const fn by_hand(limit: u32) -> Self {
+        Self { limit, reason: ChangeReason::ByHand }
+    }
+}
+
 /// The reason for a change of the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -67,7 +67,7 @@ mod knee;
 mod sampler;
 mod vegas;
 
-pub(super) use self::sampler::Sampler;
+pub(super) use self::sampler::{LimitStep, Sampler};
 pub use self::{
     aimd::Aimd,
     algorithm::{Algorithm, ChangeReason, Fixed, LimitChange, Sample},

@@ -13,7 +13,7 @@ use super::algorithm::{Algorithm, ChangeReason, LimitChange, Sample};
 use crate::sync::{Mutex, MutexGuard};
 use crate::{
     event::{RepeatedEvent, event},
-    outcome::{COUNT_CANCELLED_AFTER, Outcome, OutcomeKind, Reason, UpstreamClock},
+    outcome::{COUNT_CANCELLED_AFTER, LayerKind, Outcome, OutcomeKind, Reason, UpstreamClock},
     permit::{Measures, Token},
     time::{Clock, nanos},
     user_code::catch_panic,
@@ -57,10 +57,21 @@ struct SamplerState {
 }
 
 impl SamplerState {
-    fn record_change(&mut self, change: LimitChange) {
+    /// Records a change of the limit and applies it. `apply` stores the limit and returns the one before.
+    fn step(&mut self, change: LimitChange, apply: impl FnOnce(u32) -> u32) -> LimitStep {
         self.last_change = Some(change);
         self.changes[change.reason.index()] += 1;
+        let limit = change.limit.max(1);
+        LimitStep { from: apply(limit), limit, reason: change.reason }
     }
+}
+
+/// A change of the limit, with the limit before.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LimitStep {
+    pub(crate) from: u32,
+    pub(crate) limit: u32,
+    pub(crate) reason: ChangeReason,
 }
 
 /// The tag of a call that has been recorded, or that is not to be recorded.
@@ -102,11 +113,11 @@ impl Sampler {
     }
 
     /// Returns a sampler with a copy of the algorithm and its settings. `None` if the algorithm panicked.
-    pub(in crate::limit) fn fork(&self) -> Option<Self> {
+    pub(in crate::limit) fn fork(&self, name: &str) -> Option<Self> {
         let state = self.lock();
         let copy = catch_panic(|| state.algorithm.clone_boxed());
         drop(state);
-        self.report_panic(copy.is_none());
+        self.report_panic(name, copy.is_none());
         // The state of the algorithm contains times of this clock.
         let copy = Self { clock: self.clock, ..Self::with(copy?) };
         copy.set_until_body_end(self.measures() == Measures::Body);
@@ -125,30 +136,35 @@ impl Sampler {
     }
 
     /// Sets the limit, or the nearest one that the algorithm allows. `apply` runs before another thread can change the
-    /// limit. Returns `None` if the algorithm panicked: then the limit keeps its value.
-    pub(in crate::limit) fn set_limit(&self, limit: u32, apply: impl FnOnce(u32)) -> Option<()> {
+    /// limit, and returns the limit before. Returns `None` if the algorithm panicked: then the limit keeps its value.
+    ///
+    /// `name` is the name of the limit, here and in the other methods.
+    pub(in crate::limit) fn set_limit(
+        &self,
+        name: &str,
+        limit: u32,
+        apply: impl FnOnce(u32) -> u32,
+    ) -> Option<LimitStep> {
         let mut state = self.lock();
         let algorithm = &mut state.algorithm;
         let set = catch_panic(|| {
             algorithm.set_limit(limit);
             algorithm.limit().max(1)
         });
-        if let Some(limit) = set {
-            state.record_change(LimitChange { limit, reason: ChangeReason::ByHand });
-            apply(limit);
-        }
+        let step = set.map(|limit| state.step(LimitChange::by_hand(limit), apply));
         drop(state);
-        self.report_panic(set.is_none());
-        set.map(|_| ())
+        self.report_panic(name, step.is_none());
+        step
     }
 
-    /// Sets the bounds of the limit. Returns whether the algorithm has bounds, or `None` if it panicked: then the
-    /// limit keeps its value.
+    /// Sets the bounds of the limit. Returns whether the algorithm has bounds, and the change of the limit, or `None` if
+    /// it panicked: then the limit keeps its value.
     pub(in crate::limit) fn set_bounds(
         &self,
+        name: &str,
         bounds: RangeInclusive<u32>,
-        apply: impl FnOnce(u32),
-    ) -> Option<bool> {
+        apply: impl FnOnce(u32) -> u32,
+    ) -> Option<(bool, Option<LimitStep>)> {
         let mut state = self.lock();
         let algorithm = &mut state.algorithm;
         let set = catch_panic(|| {
@@ -157,22 +173,23 @@ impl Sampler {
             let limit = algorithm.limit().max(1);
             (has_any, (limit != before).then_some(limit))
         });
-        if let Some((_, Some(limit))) = set {
-            state.record_change(LimitChange { limit, reason: ChangeReason::ByHand });
-            apply(limit);
-        }
+        let set = set.map(|(has_any, limit)| {
+            (has_any, limit.map(|limit| state.step(LimitChange::by_hand(limit), apply)))
+        });
         drop(state);
-        self.report_panic(set.is_none());
-        set.map(|(has_any, _)| has_any)
+        self.report_panic(name, set.is_none());
+        set
     }
 
-    fn report_panic(&self, has_panicked: bool) {
-        if let Some(_occurrences) = has_panicked.then(|| self.panics.record()).flatten() {
+    fn report_panic(&self, name: &str, has_panicked: bool) {
+        if let Some(occurrences) = has_panicked.then(|| self.panics.record()).flatten() {
             event!(
                 limit,
                 ERROR,
-                occurrences = _occurrences,
-                "adaptive algorithm panicked: the limit keeps its value"
+                LayerKind::ConcurrencyLimit.as_str(),
+                name,
+                occurrences = occurrences,
+                "adaptive algorithm panicked: the limit keeps its value",
             );
         }
     }
@@ -188,43 +205,45 @@ impl Sampler {
     /// If the trailers decide the outcome, the call is recorded at its end, with the latency to its head.
     pub(in crate::limit) fn record_head(
         &self,
+        name: &str,
         token: &mut Token,
         so_far: Outcome,
-        apply: impl FnOnce(u32),
-    ) -> bool {
+        apply: impl FnOnce(u32) -> u32,
+    ) -> Option<LimitStep> {
         if self.measures_body.load(Ordering::Relaxed) {
-            return false;
+            return None;
         }
         if so_far.kind() == OutcomeKind::Cancelled {
             if token.tag != RECORDED && !token.clock.is_off() {
                 token.clock.stop(Instant::now());
             }
-            return false;
+            return None;
         }
         let tag = mem::replace(&mut token.tag, RECORDED);
-        self.record(Token { tag, ..*token }, so_far, apply)
+        self.record(name, Token { tag, ..*token }, so_far, apply)
     }
 
-    /// Records a call that has reached the measured point, and returns whether the limit changed. `apply` runs before
+    /// Records a call that has reached the measured point, and returns the change of the limit. `apply` runs before
     /// another call can change the limit. A call whose request has not been sent is not a sample, unless connecting
     /// timed out.
     pub(in crate::limit) fn record(
         &self,
+        name: &str,
         token: Token,
         outcome: Outcome,
-        apply: impl FnOnce(u32),
-    ) -> bool {
+        apply: impl FnOnce(u32) -> u32,
+    ) -> Option<LimitStep> {
         if token.tag == RECORDED {
-            return false;
+            return None;
         }
-        let Some(dropped) = is_drop(outcome) else { return false };
+        let dropped = is_drop(outcome)?;
         let now = Instant::now();
         let latency = match token.clock.elapsed(now) {
             Some(latency) => latency,
             None if outcome.reason() == Reason::ConnectTimeout => Duration::ZERO,
             // The clock starts at the admission. If it is off, the request has not been sent, so the time is attributed
             // to the caller.
-            None => return false,
+            None => return None,
         };
         let sample = Sample {
             now: Duration::from_nanos(self.clock.at(now)),
@@ -236,21 +255,10 @@ impl Sampler {
         let algorithm = &mut state.algorithm;
         // The call may end while its thread unwinds, where a panic that is not caught aborts the process.
         let result = catch_panic(|| algorithm.on_sample(&sample));
-        if let Some(Some(change)) = result {
-            state.record_change(change);
-            apply(change.limit.max(1));
-        }
+        let step = result.flatten().map(|change| state.step(change, apply));
         drop(state);
-        self.report_panic(result.is_none());
-        let Some(Some(_change)) = result else { return false };
-        event!(
-            limit,
-            DEBUG,
-            limit = _change.limit,
-            reason = _change.reason.as_str(),
-            "limit changed"
-        );
-        true
+        self.report_panic(name, result.is_none());
+        step
     }
 
     fn lock(&self) -> MutexGuard<'_, SamplerState> {

@@ -109,7 +109,7 @@ use tokio::time::Instant;
 use self::word::AfterRelease;
 pub(super) use self::word::LimitWord;
 use super::{
-    adaptive::Sampler,
+    adaptive::{ChangeReason, LimitStep, Sampler},
     partition::Priority,
     queue::{EntryId, Position, Queue, Registered},
     tag::{EXEMPT, HEALTH_CHECK, HEALTH_WATCH, MARKS, SHADOW, of_partition, partition},
@@ -117,13 +117,15 @@ use super::{
 use crate::{
     event::event,
     fault::NameCell,
-    outcome::{LayerKind, Outcome, Rejected, RejectedKind},
+    outcome::{LayerKind, Outcome, Rejected, RejectedKind, TimeoutPhase, report_rejection},
     permit::{FreeSlots, Slot, SlotOwner, Token},
     sync::modelled::{
         Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
+
+const LAYER: &str = LayerKind::ConcurrencyLimit.as_str();
 
 /// One concurrency limit: its queue, settings and counters. The counts of its permits are in the word of its slot.
 pub(crate) struct Limiter {
@@ -230,8 +232,9 @@ impl Limiter {
         self.limit.load(Ordering::Relaxed)
     }
 
-    fn store(&self, limit: u32) {
-        self.limit.store(limit, Ordering::SeqCst);
+    /// Stores the limit, and returns the one before.
+    fn store(&self, limit: u32) -> u32 {
+        self.limit.swap(limit, Ordering::SeqCst)
     }
 
     pub(in super::super) fn is_shadow(&self) -> bool {
@@ -374,11 +377,10 @@ impl Limiter {
         // The algorithm gets a token without the marks, which only the release needs. The token of the call keeps its
         // marks even if the algorithm panics, so that the release stays correct.
         let mut unmarked = Token { tag: token.tag & !MARKS, ..*token };
-        let changed = adaptive.record_head(&mut unmarked, so_far, |limit| self.store(limit));
+        let step =
+            adaptive.record_head(self.name(), &mut unmarked, so_far, |limit| self.store(limit));
         *token = Token { tag: token.tag & MARKS | unmarked.tag, ..unmarked };
-        if changed {
-            self.grant_next();
-        }
+        self.follow(step);
     }
 
     /// Records the end of a call with the algorithm, and admits waiting calls if the limit was raised.
@@ -386,9 +388,40 @@ impl Limiter {
     pub(super) fn record_end(&self, mut token: Token, outcome: Outcome) {
         if let Some(adaptive) = &self.adaptive {
             token.tag &= !MARKS;
-            if adaptive.record(token, outcome, |limit| self.store(limit)) {
-                self.grant_next();
-            }
+            self.follow(adaptive.record(self.name(), token, outcome, |limit| self.store(limit)));
+        }
+    }
+
+    /// Follows a change of the limit by its algorithm.
+    #[inline]
+    fn follow(&self, step: Option<LimitStep>) {
+        if let Some(step) = step {
+            self.grant_next();
+            self.notify_of(step);
+        }
+    }
+
+    /// Emits the event of a change of the limit. Must be called without a lock.
+    #[cold]
+    fn notify_of(&self, LimitStep { from, limit, reason }: LimitStep) {
+        macro_rules! emit {
+            ($level:ident) => {
+                event!(
+                    limit,
+                    $level,
+                    LAYER,
+                    self.name(),
+                    limit = limit,
+                    from = from,
+                    reason = reason.as_str(),
+                    "limit changed",
+                )
+            };
+        }
+        match reason {
+            _ if from == limit => {}
+            ChangeReason::ByHand => emit!(INFO),
+            _ => emit!(DEBUG),
         }
     }
 
@@ -423,18 +456,17 @@ impl Limiter {
 
     /// Rejects a call. In shadow mode, admits it without a permit instead, and counts it.
     pub(super) fn reject(&self, kind: RejectedKind) -> Result<Token, Rejected> {
-        let (label, _name) = (self.label.get(), self.label.as_str());
         if !self.is_shadow() {
-            event!(limit, DEBUG, resilience.name = _name, reason = kind.as_str(), "call rejected");
-            return Err(self.rejection(kind).labelled(label.cloned()));
+            self.counter(kind).fetch_add(1, Ordering::Relaxed);
+            return Err(self.rejection(kind).labelled(self.label.get().cloned()).reported());
         }
         self.counters.shadowed.fetch_add(1, Ordering::Relaxed);
-        event!(
-            limit,
-            DEBUG,
-            resilience.name = _name,
-            reason = kind.as_str(),
-            "call would be rejected"
+        report_rejection(
+            LayerKind::ConcurrencyLimit,
+            self.name(),
+            kind,
+            self.rejection(kind).retry_after(),
+            true,
         );
         Ok(Token::unmeasured(SHADOW))
     }
@@ -448,9 +480,8 @@ impl Limiter {
         }
     }
 
-    /// Counts a rejection and returns it, with the hint of the limit.
+    /// Returns a rejection with the hint of the limit.
     fn rejection(&self, kind: RejectedKind) -> Rejected {
-        self.counter(kind).fetch_add(1, Ordering::Relaxed);
         let rejected = Rejected::by(LayerKind::ConcurrencyLimit, kind);
         if kind == RejectedKind::DeadlinePassed {
             // A call whose deadline has passed has no use for a later response, so there is no hint.
@@ -462,13 +493,13 @@ impl Limiter {
     /// Releases the permit of an unread response.
     pub(super) fn release_unread(&self, token: Token) {
         self.counters.unread.fetch_add(1, Ordering::Relaxed);
-        let _name = self.label.as_str();
         event!(
             limit,
             DEBUG,
-            resilience.name = _name,
-            reason = "unread",
-            "response not read, permit released"
+            LAYER,
+            self.name(),
+            reason = TimeoutPhase::Unread.as_str(),
+            "response not read, permit released",
         );
         self.release(token);
     }

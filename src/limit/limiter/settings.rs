@@ -19,22 +19,26 @@ impl Limiter {
     pub(crate) fn set_limit(&self, limit: u32) -> Option<()> {
         let set = match &self.adaptive {
             None => {
-                self.store(limit);
-                Some(())
+                Some(LimitStep { from: self.store(limit), limit, reason: ChangeReason::ByHand })
             }
-            Some(adaptive) => adaptive.set_limit(limit, |limit| self.store(limit)),
+            Some(adaptive) => adaptive.set_limit(self.name(), limit, |limit| self.store(limit)),
         };
         self.grant_next();
-        set
+        self.notify_of(set?);
+        Some(())
     }
 
     /// Sets the bounds of an adaptive limit. Returns whether there are bounds, or `None` if the algorithm panicked:
     /// then the limit keeps its value.
     pub(crate) fn set_bounds(&self, bounds: RangeInclusive<u32>) -> Option<bool> {
         let Some(adaptive) = &self.adaptive else { return Some(false) };
-        let has_any = adaptive.set_bounds(bounds, |limit| self.store(limit));
+        let set = adaptive.set_bounds(self.name(), bounds, |limit| self.store(limit));
         self.grant_next();
-        has_any
+        let (has_any, step) = set?;
+        if let Some(step) = step {
+            self.notify_of(step);
+        }
+        Some(has_any)
     }
 
     pub(crate) fn adaptive(&self) -> Option<&Sampler> {
@@ -100,7 +104,7 @@ impl Limiter {
     /// panicked.
     pub(crate) fn fork(&self) -> Option<Self> {
         let adaptive = match &self.adaptive {
-            Some(adaptive) => Some(adaptive.fork()?),
+            Some(adaptive) => Some(adaptive.fork(self.name())?),
             None => None,
         };
         let mut fork = Self::new(self.limit(), adaptive);
@@ -148,7 +152,6 @@ impl Limiter {
     }
 
     /// Returns the name of the limit, or an empty one.
-    #[cfg(feature = "observe")]
     pub(crate) fn name(&self) -> &str {
         self.label.as_str()
     }

@@ -530,7 +530,7 @@ async fn a_hedge_attempt_under_a_retry_has_the_number_of_its_attempt() {
         let response = call(&service, request.unwrap()).await.unwrap();
         assert_eq!((response.status().as_u16(), Attempts::of(&response).made), (503, 2));
         let [a, b, c, d] = before;
-        let expected = [(1, false, a), (1, true, b), (2, false, c), (2, true, d)];
+        let expected = [(1, false, a), (2, true, b), (2, false, c), (3, true, d)];
         assert_eq!(std::mem::take(&mut *seen.lock().unwrap()), expected, "{content_type}");
     }
 }

@@ -96,6 +96,7 @@ fn settings_that_a_closure_replaces_are_a_typed_error() {
 struct AttemptContext {
     resent: Option<u64>,
     delay_ms: Option<u64>,
+    outcome: String,
     reason: String,
     over: bool,
 }
@@ -119,8 +120,10 @@ impl Watch {
 
 impl Visit for AttemptContext {
     fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
-        if field.name() == "reason" {
-            self.reason = format!("{value:?}");
+        match field.name() {
+            "outcome" => self.outcome = format!("{value:?}"),
+            "reason" => self.reason = format!("{value:?}"),
+            _ => {}
         }
     }
 
@@ -145,12 +148,15 @@ impl Subscriber for Watch {
             return span::Id::from_u64(1);
         }
         let spans = &mut self.0.lock().unwrap().0;
-        spans.push(AttemptContext {
+        let mut span = AttemptContext {
             resent: None,
             delay_ms: None,
+            outcome: String::new(),
             reason: String::new(),
             over: false,
-        });
+        };
+        attributes.record(&mut span);
+        spans.push(span);
         span::Id::from_u64(spans.len() as u64 + 1)
     }
 
@@ -197,6 +203,8 @@ async fn each_attempt_has_a_span_that_ends_with_it() {
     let (spans, entered) = &*watch.0.lock().unwrap();
     let seen: Vec<_> = spans.iter().map(|span| (span.resent, span.delay_ms)).collect();
     assert_eq!(seen, [(None, None), (Some(1), Some(7)), (Some(2), Some(7))]);
-    assert!(spans.iter().all(|span| span.over && span.reason == "Failure(Status 503)"));
+    let is_failure =
+        |span: &AttemptContext| (&*span.outcome, &*span.reason) == (r#""failure""#, r#""status""#);
+    assert!(spans.iter().all(|span| span.over && is_failure(span)), "{spans:?}");
     assert!(!entered);
 }

@@ -138,7 +138,9 @@ async fn every_rejection_is_logged_with_the_name_of_its_layer() {
     drop(held);
     assert_eq!(
         log.take(),
-        [r#"DEBUG call rejected resilience.name="front" reason="limit_reached""#]
+        [
+            r#"DEBUG call rejected resilience.name="front" layer="concurrency_limit" reason="limit_reached" retry_after_ms=1000 shadow=false"#
+        ]
     );
 
     let breaker = CircuitBreakerLayer::http().name("search");
@@ -147,14 +149,19 @@ async fn every_rejection_is_logged_with_the_name_of_its_layer() {
     call(ServiceBuilder::new().layer(breaker).service(answers!(200, AT_ONCE))).await.unwrap_err();
     assert_eq!(
         log.take(),
-        [r#"DEBUG call rejected resilience.name="search" reason="circuit_forced_open""#]
+        [
+            r#"DEBUG call rejected resilience.name="search" layer="circuit_breaker" reason="circuit_forced_open" shadow=false"#
+        ]
     );
 
     let timeout = TimeoutLayer::http().head(Duration::from_secs(1)).name("search");
     call(ServiceBuilder::new().layer(timeout).service(answers!(200, Duration::from_secs(9))))
         .await
         .unwrap_err();
-    assert_eq!(log.take(), [r#"DEBUG timed out resilience.name="search" reason="head""#]);
+    assert_eq!(
+        log.take(),
+        [r#"DEBUG timed out resilience.name="search" layer="timeout" phase="head" after_ms=1000"#]
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -164,19 +171,27 @@ async fn retries_and_hedges_are_logged_with_the_name_of_their_layer() {
     call(ServiceBuilder::new().layer(retry).service(answers!(503, AT_ONCE))).await.unwrap();
     let lines = log.take();
     assert!(
-        lines[0].starts_with(r#"DEBUG retrying resilience.name="search" attempt=1 delay_ms="#),
+        lines[0].starts_with(
+            r#"DEBUG retrying resilience.name="search" layer="retry" attempt=1 delay_ms="#
+        ) && lines[0].ends_with(r#" outcome="failure" reason="status" code=503"#),
         "{lines:?}"
     );
     assert_eq!(
         lines[1],
-        r#"DEBUG not retried resilience.name="search" attempt=2 reason="attempts_used_up" outcome=Failure(Status 503)"#
+        r#"DEBUG not retried resilience.name="search" layer="retry" attempt=2 reason="attempts_used_up" outcome="failure" code=503"#
     );
 
     let hedge = HedgeLayer::http(Duration::from_millis(80)).name("search");
     call(ServiceBuilder::new().layer(hedge).service(answers!(200, Duration::from_secs(1))))
         .await
         .unwrap();
-    assert_eq!(log.take(), [r#"DEBUG hedging resilience.name="search" hedge=1 delay_ms=80"#]);
+    assert_eq!(
+        log.take(),
+        [
+            r#"DEBUG hedging resilience.name="search" layer="hedge" hedge=1 delay_ms=80"#,
+            r#"DEBUG hedge lost resilience.name="search" layer="hedge" sent=1 outcome="success" reason="completed""#,
+        ]
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -188,7 +203,7 @@ async fn a_failed_probe_is_logged_with_the_chain_of_its_error() {
     let handle = probe.handle();
     let _gate = ServiceBuilder::new().layer(probe).service(down);
     handle.changed().await;
-    let down = r#"WARN health probe: down resilience.name="search" reason="error" error="no route to host""#;
+    let down = r#"WARN health probe down resilience.name="search" layer="health_probe" reason="error" why="no route to host""#;
     assert_eq!(log.take(), [down]);
     assert_eq!(handle.snapshot().last_error.as_deref(), Some("no route to host"));
 }
@@ -198,17 +213,21 @@ async fn a_failed_probe_is_logged_with_the_chain_of_its_error() {
 #[tokio::test(start_paused = true)]
 async fn a_misconfigured_layer_logs_its_invalid_setting() {
     let (log, _guard) = Log::listen();
-    let limit = ConcurrencyLimitLayer::new(0).respond();
+    let limit = ConcurrencyLimitLayer::new(0).name("front").respond();
     let response =
         call(ServiceBuilder::new().layer(limit).service(answers!(200, AT_ONCE))).await.unwrap();
     assert_eq!(response.status(), 503);
-    let zero = "ERROR misconfigured: every call is rejected layer=\"concurrency_limit\" error=`limit` is 0: use 1 to";
-    assert!(log.take()[0].starts_with(zero));
+    let zero = r#"ERROR misconfigured resilience.name="front" layer="concurrency_limit" field="limit" value="0" remedy="use 1 to"#;
+    let lines = log.take();
+    assert!(lines[0].starts_with(zero), "{lines:?}");
+    assert!(lines[0].contains(r#"why="every call is rejected""#), "{lines:?}");
+    let rejected = r#"DEBUG call rejected resilience.name="front" layer="concurrency_limit" reason="misconfigured" shadow=false"#;
+    assert_eq!(lines[1..], [rejected]);
 
     let timeout = TimeoutLayer::http().head(AT_ONCE);
     call(ServiceBuilder::new().layer(timeout).service(answers!(200, AT_ONCE))).await.unwrap_err();
     assert!(log.take()[0].starts_with(
-        "ERROR misconfigured: every call is rejected layer=\"timeout\" error=`head` is"
+        r#"ERROR misconfigured resilience.name="" layer="timeout" field="head" value="#
     ));
 
     // These layers let calls through, so the event is the only report of the fault.
@@ -228,7 +247,7 @@ async fn a_misconfigured_layer_logs_its_invalid_setting() {
     let lenient = ServiceBuilder::new().layer(said).service(answers!(200, AT_ONCE));
     assert_eq!(call(lenient).await.unwrap().status(), 200);
     assert!(log.take()[0].starts_with(
-        "ERROR misconfigured: the setting is ignored layer=\"deadline\" error=`header` is"
+        r#"ERROR misconfigured resilience.name="" layer="deadline" field="header" value="#
     ));
 }
 
@@ -321,17 +340,23 @@ async fn events_of_a_continuing_outage_are_summarised() {
     }
     let lines = log.take();
     let (warnings, infos) = (at("WARN", &lines), at("INFO", &lines));
-    assert_eq!((warnings.len(), infos.len()), (2, 1), "{warnings:?} {infos:?}");
-    assert!(warnings[0].starts_with("WARN circuit opened resilience.name=\"search\""));
-    assert!(warnings[1].starts_with("WARN circuit opened again resilience.name=\"search\""));
+    assert_eq!((warnings.len(), infos.len()), (1, 1), "{warnings:?} {infos:?}");
+    assert_eq!(
+        warnings[0],
+        r#"WARN circuit opened resilience.name="search" layer="circuit_breaker" reason="consecutive" why=1 failures in a row open_for_ms=10 opened=1"#
+    );
+    let again = r#"INFO circuit opened resilience.name="search" layer="circuit_breaker" reason="probe" why="#;
+    assert!(infos[0].starts_with(again), "{infos:?}");
     tokio::time::advance(SUMMARY_INTERVAL).await;
     let _ = service.ready().await.unwrap().call(Request::new(Body::default())).await;
     let lines = log.take();
     let (warnings, infos) = (at("WARN", &lines), at("INFO", &lines));
-    assert_eq!((warnings.len(), infos.len()), (1, 1), "{lines:?}");
+    assert_eq!((warnings.len(), infos.len()), (0, 1), "{lines:?}");
     // The first call opened the circuit, and the second one was the first that opened it again.
-    assert!(warnings[0].ends_with("occurrences=499"), "{warnings:?}");
-    assert!(infos[0].ends_with("occurrences=499"), "{infos:?}");
+    assert!(
+        infos[0].contains(" opened=501 ") && infos[0].ends_with("occurrences=499"),
+        "{infos:?}"
+    );
 }
 
 // ===== Changes of state =====
@@ -341,9 +366,12 @@ async fn circuit_emits_one_event_per_change_of_the_reported_state() {
     let (log, _guard) = Log::listen();
     let breaker = CircuitBreakerLayer::http().name("search");
     let handle = breaker.handle();
-    let changed =
-        |state| format!(r#"INFO circuit changed resilience.name="search" state="{state}""#);
-    let closed = r#"INFO circuit closed resilience.name="search""#;
+    let event = |level, state, by| {
+        let layer = r#"resilience.name="search" layer="circuit_breaker""#;
+        format!(r#"{level} circuit forced {layer} state="{state}" by="{by}""#)
+    };
+    let changed = |state| event("WARN", state, "hand");
+    let closed = event("INFO", "closed", "hand");
 
     handle.reset();
     assert!(log.take().is_empty(), "it was closed");
@@ -371,9 +399,9 @@ async fn circuit_emits_one_event_per_change_of_the_reported_state() {
     assert_eq!(log.take(), [closed]);
 
     let isolation = handle.isolate();
-    assert_eq!(log.take(), [changed("forced_open")]);
+    assert_eq!(log.take(), [event("WARN", "forced_open", "isolation")]);
     drop(isolation);
-    assert_eq!(log.take(), [closed]);
+    assert_eq!(log.take(), [event("INFO", "closed", "isolation")]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -444,8 +472,8 @@ async fn events_and_snapshot_report_the_progress_of_half_open_probes() {
     assert_eq!(progress(), None);
     let [line] = &circuit(&log)[..] else { panic!("one event") };
     assert!(
-        line.starts_with("WARN circuit opened again")
-            && line.contains("passed=1 failed=2 probes=3"),
+        line.starts_with("INFO circuit opened")
+            && line.contains("opened=2 passed=1 failed=2 probes=3"),
         "{line}"
     );
 
@@ -456,7 +484,9 @@ async fn events_and_snapshot_report_the_progress_of_half_open_probes() {
     respond(200).await;
     assert_eq!(
         circuit(&log),
-        [r#"INFO circuit closed resilience.name="search" passed=2 failed=1 probes=3"#]
+        [
+            r#"INFO circuit closed resilience.name="search" layer="circuit_breaker" open_ms=2000 opened=2 passed=2 failed=1 probes=3"#
+        ]
     );
     assert_eq!(progress(), None);
 }
