@@ -105,13 +105,14 @@
 //! | the error | [`Rejected::find`]: the layer, its name, the reason and the time to retry; [`Attempts::find`]: the attempts |
 //! | the response | the same, in its extensions: `response.extensions().get::<Rejected>()`, [`Attempts::of`] |
 //! | a server's client | the status, `Retry-After`, and `reason` in the problem document; no internal state |
-//! | the log (`buttress=debug`, or one of the targets below) | an event for each decision, with `resilience.name` and `reason`; DEBUG for calls, INFO and WARN for state changes, ERROR for invalid settings |
+//! | the log (`buttress=debug`, or one of the targets below) | an event for each decision, with `resilience.name`, `layer` and `reason`; DEBUG for calls, INFO and WARN for state changes, ERROR for invalid settings. `docs/events.md` of the repository lists them all |
+//! | a trace | a span `attempt` for each attempt of a retry or a hedge, with its outcome; [`AttemptHeadersLayer`] propagates it |
 //! | `/metrics` (feature `observe`) | the counts since the start and the current state of every layer that a [`Registry`](observe::Registry) watches |
 //! | a handle's `snapshot()` | the same of one layer, for code |
 //!
 //! The targets of the events are `buttress::breaker`, `buttress::retry`, `buttress::hedge`, `buttress::limit`,
 //! `buttress::health`, `buttress::timeout`, `buttress::connect`, `buttress::listener` and `buttress::lifecycle`;
-//! invalid settings of every layer are reported under `buttress::config`.
+//! invalid settings of every layer and updates of whole stacks are reported under `buttress::config`.
 //!
 //! The enums with a closed set of values, such as [`RejectedKind`](outcome::RejectedKind), [`Reason`](outcome::Reason)
 //! and [`GiveUpReason`](retry::GiveUpReason), have an `as_str()` for the label of a metric. The name of a layer is set
@@ -360,7 +361,7 @@ pub use crate::stack::grpc;
 pub use crate::stack::server;
 #[cfg(feature = "retry")]
 pub use crate::{
-    attempt::{Attempts, Backoff, RetryBudget},
+    attempt::{AttemptHeaders, AttemptHeadersLayer, Attempts, Backoff, RetryBudget},
     hedge::{Hedge, HedgeLayer},
     retry::{Retry, RetryLayer},
 };

@@ -13,7 +13,10 @@ use crate::respond::RespondLayer;
 #[cfg(feature = "timeout")]
 use crate::timeout::TimeoutLayer;
 #[cfg(feature = "retry")]
-use crate::{hedge::HedgeLayer, retry::RetryLayer};
+use crate::{
+    hedge::HedgeLayer,
+    retry::{AttemptHeadersLayer, RetryLayer},
+};
 
 /// Methods of tower's [`ServiceBuilder`] for the layers of this crate.
 ///
@@ -62,6 +65,16 @@ pub trait ServiceBuilderExt<L>: Sized {
     #[cfg(feature = "retry")]
     #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
     fn hedge<M>(self, layer: HedgeLayer<M>) -> ServiceBuilder<Stack<HedgeLayer<M>, L>> {
+        self.add(layer)
+    }
+
+    /// Writes headers to each attempt. Next to the client.
+    #[cfg(feature = "retry")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
+    fn attempt_headers(
+        self,
+        layer: AttemptHeadersLayer,
+    ) -> ServiceBuilder<Stack<AttemptHeadersLayer, L>> {
         self.add(layer)
     }
 

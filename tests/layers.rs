@@ -8,6 +8,7 @@ mod layers {
     mod classification;
     mod config;
     mod connect;
+    mod events;
     mod health;
     mod hedge;
     mod limit;

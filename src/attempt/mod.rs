@@ -38,6 +38,7 @@
 //! | `verdict`, `failure`, `give_up` | the class of a result, the kind of a failure, the reason to give up |
 //! | `record`, `hedged` | the records in requests, responses and errors |
 //! | `span` | the span of an attempt |
+//! | `headers` | the layer that writes headers to each attempt |
 //! | `backoff` | the delays of a call |
 //! | `budget`, `token_bucket` | the retry budget, and its balance |
 
@@ -48,6 +49,7 @@ mod call;
 mod core;
 mod failure;
 mod give_up;
+mod headers;
 mod hedged;
 mod peeked_body;
 mod protocol;
@@ -74,6 +76,7 @@ pub use self::{
     call::SavedCall,
     failure::FailureKind,
     give_up::GiveUpReason,
+    headers::{AttemptHeaders, AttemptHeadersLayer},
     hedged::{HedgeAttempt, Hedged},
     peeked_body::PeekedBody,
     protocol::{

@@ -125,4 +125,7 @@ pub use self::{
     layer::HedgeLayer,
     service::{Hedge, HedgeFuture},
 };
-pub use crate::attempt::{ClassifyAttempt, HedgeAttempt, Hedged, ReplayRequest, SavedCall};
+pub use crate::attempt::{
+    AttemptHeaders, AttemptHeadersLayer, ClassifyAttempt, HedgeAttempt, Hedged, ReplayRequest,
+    SavedCall,
+};

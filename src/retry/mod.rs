@@ -161,6 +161,9 @@
 //! the attempt. The spans of the attempts of one call are siblings. An attempt that its caller drops ends as
 //! `cancelled`.
 //!
+//! [`AttemptHeadersLayer`] writes `traceparent` or any other header to each attempt, and its page shows both ways to
+//! propagate a trace.
+//!
 //! Each decision about a retry is an event at DEBUG.
 //!
 //! # Cost
@@ -215,8 +218,9 @@ pub use self::{
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub use crate::attempt::Reqwest;
 pub use crate::attempt::{
-    Attempt, AttemptRecord, Attempts, Backoff, ClassifyAttempt, Delays, FailureKind, GiveUpReason,
-    PeekedBody, Replay, ReplayBody, ReplayRequest, RetryBudget, RetryError, SavedCall, Withdrawal,
+    Attempt, AttemptHeaders, AttemptHeadersLayer, AttemptRecord, Attempts, Backoff,
+    ClassifyAttempt, Delays, FailureKind, GiveUpReason, PeekedBody, Replay, ReplayBody,
+    ReplayRequest, RetryBudget, RetryError, SavedCall, Withdrawal,
 };
 
 /// The types in the methods of [`ReplayRequest`] and [`ClassifyAttempt`], and their associated types.

@@ -5,7 +5,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -15,6 +15,7 @@ use super::{
     service::{StackFuture, stack_service},
 };
 use crate::{
+    attempt::{AttemptHeaders, AttemptHeadersLayer},
     breaker::{CircuitBreaker, CircuitBreakerLayer},
     config::{ClientConfig, ConfigErrors},
     deadline::{PropagateDeadline, PropagateDeadlineLayer},
@@ -43,6 +44,7 @@ pub struct ClientStack {
     pub(super) limit: ConcurrencyLimitLayer,
     forward: PropagateDeadlineLayer,
     pub(super) timeout: TimeoutLayer,
+    headers: AttemptHeadersLayer,
     pub(super) now: Arc<CurrentConfig<ClientConfig>>,
     /// Only set in the stack that [`client`](super::client) makes.
     #[cfg(feature = "connect")]
@@ -53,14 +55,17 @@ pub struct ClientStack {
 
 type ClientLayers<S> = Meter<
     PropagateDeadline<
-        Retry<Hedge<CircuitBreaker<ConcurrencyLimit<PropagateDeadline<Timeout<S>>>>>>,
+        Retry<
+            Hedge<CircuitBreaker<ConcurrencyLimit<PropagateDeadline<Timeout<AttemptHeaders<S>>>>>>,
+        >,
     >,
 >;
 
 stack_service! {
     /// The service of a [`ClientStack`].
     ClientStackService of ClientLayers, inner |layers| {
-        layers.get_ref().get_ref().get_ref().get_ref().get_ref().get_ref().get_ref().get_ref()
+        let timed = layers.get_ref().get_ref().get_ref().get_ref().get_ref().get_ref().get_ref();
+        timed.get_ref().get_ref()
     }
 }
 
@@ -90,6 +95,7 @@ impl ClientStack {
             limit: config.limit.layer().map_err(one)?,
             forward: forward.propagate_only(),
             timeout: config.timeout.layer().map_err(one)?,
+            headers: AttemptHeadersLayer::default(),
             now: Arc::new(CurrentConfig::new(config.clone())),
             #[cfg(feature = "connect")]
             connections: None,
@@ -105,6 +111,16 @@ impl ClientStack {
         Ok(stack)
     }
 
+    /// Sets a closure that writes `traceparent` or any other header to each attempt, as
+    /// [`AttemptHeadersLayer`] does. None by default.
+    pub fn attempt_headers(
+        mut self,
+        write: impl Fn(u32, &mut HeaderMap) + Send + Sync + 'static,
+    ) -> Self {
+        self.headers = AttemptHeadersLayer::new(write);
+        self
+    }
+
     /// Returns the handle of the stack, which reads its state and changes its settings.
     #[must_use]
     pub fn handle(&self) -> ClientHandle {
@@ -116,7 +132,7 @@ impl<S: Clone> Layer<S> for ClientStack {
     type Service = ClientStackService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        let attempt = self.forward.layer(self.timeout.layer(inner));
+        let attempt = self.forward.layer(self.timeout.layer(self.headers.layer(inner)));
         let guarded = self.breaker.layer(self.limit.layer(attempt));
         let retried = self.retry.layer(self.hedge.layer(guarded));
         let layers = Meter::new(self.deadline.layer(retried), &self.meter, AsError);

@@ -4,7 +4,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use http_body::Body;
 use tonic::{body::Body as TonicBody, transport::Channel};
 use tower_layer::Layer;
@@ -110,6 +110,22 @@ impl<S> GrpcClient<S> {
     #[must_use]
     pub fn handle(&self) -> ClientHandle {
         self.handle.clone()
+    }
+}
+
+impl<S: Clone> GrpcClient<S> {
+    /// Sets a closure that writes `traceparent` or any other header to each attempt, as
+    /// [`AttemptHeadersLayer`](crate::retry::AttemptHeadersLayer) does. None by default. Channel and state stay those of
+    /// this client.
+    #[must_use]
+    pub fn attempt_headers(
+        self,
+        write: impl Fn(u32, &mut HeaderMap) + Send + Sync + 'static,
+    ) -> Self {
+        let Self { service, handle } = self;
+        let channel = service.get_ref().get_ref().clone();
+        let stack = handle.stack.clone().attempt_headers(write);
+        Self { service: RespondLayer::new().layer(stack.layer(channel)), handle }
     }
 }
 

@@ -4,7 +4,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::{Request, Response, Uri};
+use http::{HeaderMap, Request, Response, Uri};
 use http_body::Body;
 use tower_layer::Layer;
 use tower_service::Service;
@@ -131,6 +131,19 @@ where
     B::Data: Send,
     B::Error: Into<BoxError>,
 {
+    /// Sets a closure that writes `traceparent` or any other header to each attempt, as
+    /// [`AttemptHeadersLayer`](crate::retry::AttemptHeadersLayer) does. None by default. Connections and state stay
+    /// those of this client.
+    #[must_use]
+    pub fn attempt_headers(
+        self,
+        write: impl Fn(u32, &mut HeaderMap) + Send + Sync + 'static,
+    ) -> Self {
+        let Self { service, handle } = self;
+        let stack = handle.stack.clone().attempt_headers(write);
+        Self { service: stack.layer(service.get_ref().clone()), handle }
+    }
+
     /// Sends a request through the whole stack.
     ///
     /// # Errors

@@ -34,6 +34,7 @@
 //! | [`ConcurrencyLimitLayer`](crate::limit::ConcurrencyLimitLayer) | [`ConcurrencyLimitLayer`](crate::limit::ConcurrencyLimitLayer) |
 //! | [`DeadlineLayer`](crate::deadline::DeadlineLayer): sends the time left to the next hop | |
 //! | [`TimeoutLayer`](crate::timeout::TimeoutLayer): the timeouts of an attempt | [`TimeoutLayer::server`](crate::timeout::TimeoutLayer::server) |
+//! | [`AttemptHeadersLayer`](crate::retry::AttemptHeadersLayer), if `attempt_headers` sets a closure | |
 //! | [`HealthProbeLayer`](crate::health::HealthProbeLayer), in `buttress::client` if `health_probe_uri` is set | |
 //! | the client | the routes |
 //!
