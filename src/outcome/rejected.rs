@@ -109,14 +109,12 @@ impl Rejected {
     }
 
     /// Reports the rejection, and returns it.
+    #[inline]
     pub(crate) fn reported(self) -> Self {
-        report_rejection(
-            self.layer,
-            self.name().unwrap_or_default(),
-            self.kind,
-            self.retry_after(),
-            false,
-        );
+        if event::is_debug() {
+            let name = self.name().unwrap_or_default();
+            emit_rejection(self.layer, name, self.kind, self.retry_after(), false);
+        }
         self
     }
 
