@@ -65,7 +65,12 @@ fn documented() -> BTreeMap<String, Row> {
 }
 
 /// The events without a scenario here.
-const ELSEWHERE: [&str; 5] = [
+const ELSEWHERE: [&str; 9] = [
+    // `tests/layers/observe/sampler.rs`.
+    "calls rejected",
+    "calls are admitted again",
+    "retry budget used up",
+    "retry budget is back",
     // `tests/layers/limit/unread.rs` and `tests/e2e/serve` have the clients that do not read.
     "response not read, permit released",
     "stream reset",
