@@ -3,7 +3,7 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
@@ -20,7 +20,7 @@ use buttress::{
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use http::Request;
+use http::{HeaderMap, Request, Response};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper_util::{
@@ -112,6 +112,42 @@ async fn client_from_config_retries_and_counts_its_calls() {
     let connections = handle.connections().unwrap().snapshot();
     assert_eq!((connections.max_total, connections.failed), (Some(3), 0));
     assert!(connections.created <= 3 && connections.reused >= 200, "{connections:?}");
+}
+
+#[tokio::test]
+async fn ready_made_clients_write_headers_to_each_attempt() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let ids = seen.clone();
+    let app = Router::new().route(
+        "/",
+        get(async move |headers: HeaderMap| {
+            let mut ids = ids.lock().unwrap();
+            ids.push(headers["x-attempt"].to_str().unwrap().to_owned());
+            if ids.len() == 1 { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK }
+        }),
+    );
+    let at = serve(app).await;
+    let number = |attempt: u32, headers: &mut HeaderMap| {
+        headers.insert("x-attempt", attempt.into());
+    };
+    let client = client(at, "").attempt_headers(number);
+    let response = net::soon(client.request(to(at))).await.unwrap();
+    assert_eq!((response.status(), client.handle().snapshot().retries), (StatusCode::OK, 1));
+    assert_eq!(*seen.lock().unwrap(), ["1", "2"]);
+
+    let ids = seen.clone();
+    let channel = tower::service_fn(move |request: Request<tonic::body::Body>| {
+        let id = request.headers()["x-attempt"].to_str().unwrap().to_owned();
+        ids.lock().unwrap().push(id);
+        let response = Response::builder().header("grpc-status", "0");
+        std::future::ready(Ok::<_, BoxError>(response.body(tonic::body::Body::empty()).unwrap()))
+    });
+    let config = ClientConfig::load("search").finish().unwrap();
+    let grpc = buttress::grpc(&config, channel).unwrap().attempt_headers(number);
+    let request = Request::post("/search.Search/Find").header("content-type", "application/grpc");
+    let request = request.body(tonic::body::Body::empty()).unwrap();
+    net::soon(grpc.oneshot(request)).await.unwrap();
+    assert_eq!(seen.lock().unwrap().pop().unwrap(), "1");
 }
 
 #[tokio::test]
