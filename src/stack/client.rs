@@ -241,7 +241,7 @@ impl ClientHandle {
             (next, (fixed, keys))
         };
         let (fixed, keys) = self.stack.now.update(next, |config| self.apply(config))?;
-        notify_of_update(&config.name, &keys, &fixed);
+        notify_of_update(&self.stack.meter.reports, &config.name, &keys, &fixed);
         Ok(fixed)
     }
 

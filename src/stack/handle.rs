@@ -17,6 +17,7 @@ use crate::{
     health::ProbeState,
     limit::ConcurrencyLimitSnapshot,
     outcome::LayerKind,
+    report::{ReportCell, StateChange},
 };
 
 /// A snapshot of a stack. Values of layers that the stack does not contain are `None` or 0.
@@ -161,8 +162,13 @@ impl StackSnapshot {
     }
 }
 
-/// Emits the event of an update. `fixed` are the keys of the settings that need a new stack.
-pub(super) fn notify_of_update(name: &str, keys: &[SettingChange], fixed: &[&'static str]) {
+/// Emits the event of an update and reports it. `fixed` are the keys of the settings that need a new stack.
+pub(super) fn notify_of_update(
+    reports: &ReportCell,
+    name: &str,
+    keys: &[SettingChange],
+    fixed: &[&'static str],
+) {
     if keys.is_empty() && fixed.is_empty() {
         return;
     }
@@ -177,6 +183,13 @@ pub(super) fn notify_of_update(name: &str, keys: &[SettingChange], fixed: &[&'st
         needs_new_stack = (!fixed.is_empty()).then(|| fixed.join(",")).as_deref(),
         "settings changed",
     );
+    reports.report(|| {
+        let mut why = keys.join(", ");
+        if !fixed.is_empty() {
+            why.push_str(&format!(" (a new stack is needed for {})", fixed.join(", ")));
+        }
+        StateChange { event: "settings changed", reason: None, why }
+    });
 }
 
 // ===== The shared state of a stack =====

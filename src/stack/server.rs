@@ -171,7 +171,7 @@ impl ServerHandle {
             (next, (fixed, keys))
         };
         let (fixed, keys) = self.stack.now.update(next, |config| self.apply(config))?;
-        notify_of_update(&config.name, &keys, &fixed);
+        notify_of_update(&self.stack.meter.reports, &config.name, &keys, &fixed);
         Ok(fixed)
     }
 

@@ -3,9 +3,11 @@ use std::time::Duration;
 use buttress::{
     CircuitBreakerLayer, Outcome, Trip,
     breaker::OpenDuration,
+    config::ClientConfig,
     health::{Check, Health},
     lifecycle::Lifecycle,
     observe::{Decisions, Registry},
+    stack::ClientStack,
 };
 use tokio::time::advance;
 
@@ -96,4 +98,19 @@ async fn phases_of_the_process_and_changes_of_checks_are_decisions() {
     assert_eq!(end, [&"draining", &"stopping", &"stopped"], "{events:?}");
     // What a check said is not part of a decision, because a caller of the page may not read it.
     assert!(!format!("{events:?}").contains("no route"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn update_of_a_stack_is_a_decision_with_the_keys() {
+    let registry = Registry::new();
+    let config = ClientConfig::load("search").finish().unwrap();
+    let stack = ClientStack::new(&config).unwrap();
+    registry.watch(&stack.handle()).unwrap();
+    let mut decisions = registry.decisions();
+    stack.handle().update(&config).unwrap();
+    assert_eq!(events(&mut decisions).await, []);
+    let changed = ClientConfig::load("search").toml("retry_attempts = 2").finish().unwrap();
+    stack.handle().update(&changed).unwrap();
+    let expected = ("settings changed", None, "retry_attempts".to_owned());
+    assert_eq!(events(&mut decisions).await, [expected]);
 }
