@@ -238,6 +238,8 @@
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
 //! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; `buttress::client` needs `connect` too, `buttress::grpc` needs `tonic` |
 //! | `observe` | | a [registry](observe) of layers, which serves their metrics in the text formats of Prometheus and OpenMetrics |
+//! | `metrics` | | publishes these metrics through the `metrics` facade |
+//! | `opentelemetry_0_33` | | exports these metrics as [instruments of a meter](observe::Registry::meter_into) of `opentelemetry` 0.33 |
 //! | `tower` | | [`ServiceBuilderExt`]: `.retries(…)`, `.circuit_breaker(…)` and the other layers as methods of tower's `ServiceBuilder` |
 //! | `tower-http` | | classification by a classifier of `tower_http::classify` |
 //! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; a rejection has a `tonic::Status` as its source; `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |

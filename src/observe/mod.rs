@@ -38,16 +38,25 @@ mod condition;
 mod decision;
 mod endpoint;
 mod episode;
+mod exports;
+#[cfg(feature = "metrics")]
+mod facade;
 mod histogram;
 mod history;
 mod metric;
 pub(crate) mod metrics;
+#[cfg(feature = "opentelemetry_0_33")]
+mod opentelemetry;
 mod registry;
 mod sampler;
+#[cfg(any(feature = "metrics", feature = "opentelemetry_0_33"))]
+mod series;
 mod status;
 mod text;
 mod visit;
 
+#[cfg(feature = "metrics")]
+pub use self::facade::MetricsPublisher;
 pub(crate) use self::{
     condition::Condition,
     histogram::{CALL_BOUNDS, FixedHistogram, RETRY_BOUNDS, WAIT_BOUNDS},

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::{
     decision::{DecisionLog, DecisionReporter, Decisions},
+    exports::Exports,
     history::{LayerHistory, LayerSample},
     metric::{Metric, Value},
     metrics::{BUILD_INFO, FOLDED_SERIES},
@@ -62,6 +63,7 @@ pub(super) struct WatchedLayers {
     max_keys: AtomicUsize,
     /// The number of keys that were combined, summed over all reads.
     folded: AtomicU64,
+    pub(super) exports: Arc<Exports>,
 }
 
 /// One layer that is observed.
@@ -108,8 +110,18 @@ impl Registry {
             is_sampled: AtomicBool::new(false),
             max_keys: AtomicUsize::new(0),
             folded: AtomicU64::new(0),
+            exports: Arc::default(),
         };
         Self { layers: Arc::new(layers) }
+    }
+
+    #[cfg(any(feature = "metrics", feature = "opentelemetry_0_33"))]
+    pub(super) fn of(layers: Arc<WatchedLayers>) -> Self {
+        Self { layers }
+    }
+
+    pub(super) fn exports(&self) -> &Arc<Exports> {
+        &self.layers.exports
     }
 
     pub(super) fn layers(&self) -> &Arc<WatchedLayers> {
@@ -236,6 +248,24 @@ impl Registry {
             watched.name.as_deref() == Some(name)
                 && watched.state.upgrade().is_some_and(|state| state.force(to))
         })
+    }
+}
+
+/// A registry that is not kept alive.
+#[cfg(feature = "opentelemetry_0_33")]
+pub(super) struct WeakRegistry(Weak<WatchedLayers>);
+
+#[cfg(feature = "opentelemetry_0_33")]
+impl Registry {
+    pub(super) fn downgrade(&self) -> WeakRegistry {
+        WeakRegistry(Arc::downgrade(&self.layers))
+    }
+}
+
+#[cfg(feature = "opentelemetry_0_33")]
+impl WeakRegistry {
+    pub(super) fn upgrade(&self) -> Option<Registry> {
+        self.0.upgrade().map(Registry::of)
     }
 }
 

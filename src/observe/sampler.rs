@@ -11,6 +11,8 @@ use std::{
 
 use tokio::time::{Instant, MissedTickBehavior};
 
+#[cfg(feature = "metrics")]
+use super::facade::MetricsPublisher;
 use super::{
     episode::Summary,
     history::{EpisodeSummary, LayerSample, Repeated},
@@ -36,6 +38,8 @@ impl Registry {
     /// rejections and then at most once in 10 s for each layer and reason, and `calls are admitted again` (INFO) after
     /// 10 s without one; `retry budget used up` (WARN) and `retry budget is back` (INFO).
     ///
+    /// With the feature `metrics` it also publishes the metrics after [`publish_metrics`](Self::publish_metrics).
+    ///
     /// Without the sampler, metrics are complete, and changes of states are reported. If the future is spawned more than
     /// once, one of them samples. It holds no reference to the registry. Dropping the future stops the sampler.
     pub fn run(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
@@ -44,12 +48,16 @@ impl Registry {
             let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             let mut turn = None;
+            #[cfg(feature = "metrics")]
+            let mut publisher = MetricsPublisher::new();
             loop {
                 ticks.tick().await;
                 let Some(layers) = layers.upgrade() else { return };
                 let now = layers.clock.at(Instant::now());
                 if turn.is_some() {
                     layers.sample(now);
+                    #[cfg(feature = "metrics")]
+                    publisher.publish_if_on(Registry::of(layers));
                 } else {
                     turn = SamplerTurn::take(&layers);
                     if turn.is_some() {

@@ -3,10 +3,12 @@
 mod breaker;
 mod connect;
 mod decisions;
+mod facade;
 mod health;
 mod lifecycle;
 mod limit;
 mod page;
+mod paths;
 mod registry;
 mod retry;
 mod sampler;
@@ -29,7 +31,7 @@ impl Page {
     /// Parses the text format. Fails for a series that occurs twice.
     pub fn parse(text: &str) -> Self {
         let mut samples = BTreeMap::new();
-        for line in text.lines().filter(|line| !line.starts_with('#')) {
+        for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
             let (series, value) = line.rsplit_once(' ').expect(line);
             let value = value.parse().expect(line);
             assert!(samples.insert(series.to_owned(), value).is_none(), "twice: {series}");

@@ -1,0 +1,204 @@
+//! Publishes counters and gauges through the `metrics` facade.
+
+use std::collections::BTreeSet;
+
+use ::metrics::{
+    Counter, Gauge, Key, KeyName, Label, Level, Metadata, Recorder, Unit, with_recorder,
+};
+
+use super::{
+    metric::{Metric, MetricKind, Value},
+    registry::{NamedVisit, Registry},
+    series::SeriesMap,
+};
+use crate::user_code::catch_panic;
+
+const METADATA: Metadata<'static> = Metadata::new("buttress::observe", Level::INFO, None);
+
+impl Registry {
+    /// Publishes the counters and gauges through the `metrics` facade, once a second while the sampler of this registry
+    /// runs. A process without the sampler calls [`MetricsPublisher::publish`] itself.
+    #[cfg_attr(docsrs, doc(cfg(feature = "metrics")))]
+    pub fn publish_metrics(&self) {
+        self.exports().use_facade();
+    }
+}
+
+/// Publishes the counters and gauges of a [`Registry`] through the `metrics` facade.
+///
+/// The values go to the recorder that is installed when [`publish`](Self::publish) is called. Without one they are
+/// discarded. The publisher makes one handle for each series and stores it, so use one publisher for all publications.
+///
+/// The names are those of the text page, such as `buttress_calls_total`. The facade has no counter of seconds, so those
+/// counters are gauges, which `rate()` accepts. The facade cannot remove a series: the gauges of a layer that has been
+/// dropped, and those that have become absent, are set to 0 once. Its counters keep their values, and a new layer of that
+/// name continues them.
+///
+/// ```
+/// use buttress::{CircuitBreakerLayer, observe::{MetricsPublisher, Registry}};
+///
+/// # fn main() -> Result<(), buttress::ConfigError> {
+/// let registry = Registry::new();
+/// let breaker = CircuitBreakerLayer::http().name("search");
+/// registry.watch(&breaker.handle())?;
+/// // Once a second, after the recorder has been installed.
+/// let mut publisher = MetricsPublisher::new();
+/// publisher.publish(&registry);
+/// # Ok(()) }
+/// ```
+#[cfg_attr(docsrs, doc(cfg(feature = "metrics")))]
+#[derive(Debug, Default)]
+pub struct MetricsPublisher {
+    /// The address of the recorder that has made the handles.
+    recorder: usize,
+    series: SeriesMap<Handle>,
+    /// The names of the metrics that the recorder has a description of.
+    described: BTreeSet<&'static str>,
+}
+
+/// The handle of a series.
+enum Handle {
+    /// A counter of the facade does not decrease. A layer that replaces one of the same name counts from 0 again, so
+    /// `base` is the sum of the counts of the layers before it.
+    Counter {
+        handle: Counter,
+        base: u64,
+        last: u64,
+    },
+    Gauge(Gauge),
+}
+
+impl MetricsPublisher {
+    /// Returns a publisher that has published nothing.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Publishes the current values if the metrics of the registry are published. A panic of the recorder is caught.
+    pub(super) fn publish_if_on(&mut self, registry: Registry) {
+        if registry.exports().uses_facade() {
+            let _ = catch_panic(|| self.publish(&registry));
+        }
+    }
+
+    /// Publishes the current values of all counters and gauges to the installed recorder.
+    pub fn publish(&mut self, registry: &Registry) {
+        registry.publish_metrics();
+        with_recorder(|recorder| {
+            // A handle belongs to the recorder that has made it. Without an installed recorder, the facade has a no-op
+            // recorder, whose handles would have no effect for ever. It has no size, and a recorder of no size has no
+            // address of its own, so its handles are used in one pass only.
+            let address = std::ptr::from_ref(recorder).cast::<()>() as usize;
+            if self.recorder != address || size_of_val(recorder) == 0 {
+                *self = Self { recorder: address, ..Self::default() };
+            }
+            let Self { series, described, .. } = self;
+            series.begin();
+            registry.visit(&mut Pass { recorder, series, described });
+            series.end(Handle::end_layer);
+        });
+    }
+}
+
+/// One visit of all series.
+struct Pass<'a> {
+    recorder: &'a dyn Recorder,
+    series: &'a mut SeriesMap<Handle>,
+    described: &'a mut BTreeSet<&'static str>,
+}
+
+impl NamedVisit for Pass<'_> {
+    fn sample(
+        &mut self,
+        metric: &'static Metric,
+        name: Option<&str>,
+        labels: &[(&'static str, &str)],
+        value: Value,
+    ) {
+        if metric.kind == MetricKind::Histogram {
+            return;
+        }
+        let Self { recorder, series, described } = self;
+        let handle = series.get(metric, name, labels, || {
+            if described.insert(metric.name) {
+                describe(*recorder, metric);
+            }
+            Handle::new(*recorder, metric, key(metric, name, labels))
+        });
+        handle.set(&value);
+    }
+}
+
+impl Handle {
+    fn new(recorder: &dyn Recorder, metric: &Metric, key: Key) -> Self {
+        match is_counter(metric) {
+            true => {
+                let handle = recorder.register_counter(&key, &METADATA);
+                Self::Counter { handle, base: 0, last: 0 }
+            }
+            false => Self::Gauge(recorder.register_gauge(&key, &METADATA)),
+        }
+    }
+
+    fn set(&mut self, value: &Value) {
+        match (self, value) {
+            (Self::Counter { handle, base, last }, Value::Count(count)) => {
+                if count < last {
+                    *base = base.saturating_add(*last);
+                }
+                *last = *count;
+                handle.absolute(base.saturating_add(*count));
+            }
+            (Self::Gauge(gauge), Value::Count(count)) => gauge.set(*count as f64),
+            (Self::Gauge(gauge), Value::Number(number)) => gauge.set(*number),
+            // No metric has values of both forms.
+            (Self::Counter { .. }, _) | (Self::Gauge(_), Value::Histogram(_)) => {}
+        }
+    }
+
+    /// Ends the series of a layer that has been dropped. Returns whether the handle is needed for a new layer of the
+    /// same name.
+    fn end_layer(&mut self) -> bool {
+        match self {
+            Self::Counter { base, last, .. } => {
+                *base = base.saturating_add(std::mem::take(last));
+                true
+            }
+            Self::Gauge(gauge) => {
+                gauge.set(0.0);
+                false
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Handle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Counter { .. } => "Counter",
+            Self::Gauge(_) => "Gauge",
+        })
+    }
+}
+
+/// Returns whether the facade has a counter for this metric. It has none for seconds.
+fn is_counter(metric: &Metric) -> bool {
+    metric.kind == MetricKind::Counter && metric.unit != "s"
+}
+
+fn describe(recorder: &dyn Recorder, metric: &Metric) {
+    let (name, help) = (KeyName::from(metric.series()), metric.help.into());
+    let unit = Some(if metric.unit == "s" { Unit::Seconds } else { Unit::Count });
+    match is_counter(metric) {
+        true => recorder.describe_counter(name, unit, help),
+        false => recorder.describe_gauge(name, unit, help),
+    }
+}
+
+fn key(metric: &Metric, name: Option<&str>, labels: &[(&'static str, &str)]) -> Key {
+    let name = name.map(|name| ("name", name));
+    let labels = name.iter().chain(labels);
+    let labels = labels.map(|(label, value)| Label::new(*label, (*value).to_owned()));
+    Key::from_parts(metric.series(), labels.collect::<Vec<_>>())
+}

@@ -1,0 +1,197 @@
+//! The metrics as observable instruments of OpenTelemetry.
+
+use std::{collections::HashMap, ptr, sync::Arc, time::Duration};
+
+use ::opentelemetry::{
+    KeyValue,
+    metrics::{AsyncInstrument, Meter},
+};
+use tokio::time::Instant;
+
+use super::{
+    metric::{Metric, MetricKind, Value},
+    metrics::METRICS,
+    registry::{NamedVisit, Registry, WeakRegistry},
+    series::SeriesMap,
+};
+use crate::sync::Mutex;
+
+/// The maximum age of values that the callbacks of one collection share.
+const MAX_AGE: Duration = Duration::from_secs(1);
+
+impl Registry {
+    /// Makes an observable instrument for each counter and gauge on this meter, with the names of `docs/metrics.md`. The
+    /// labels are attributes.
+    ///
+    /// The instruments hold no layer alive, and not the registry: when the last clone of the registry is dropped, they
+    /// have no values any more. Call this method once for each meter, because a meter does not replace instruments.
+    ///
+    /// The callbacks of one collection share one visit of all layers.
+    ///
+    /// ```
+    /// use buttress::{CircuitBreakerLayer, observe::Registry};
+    /// use opentelemetry::metrics::MeterProvider;
+    /// use opentelemetry_sdk::metrics::SdkMeterProvider;
+    ///
+    /// # fn main() -> Result<(), buttress::ConfigError> {
+    /// let provider = SdkMeterProvider::builder().build();
+    /// let registry = Registry::new();
+    /// let breaker = CircuitBreakerLayer::http().name("search");
+    /// registry.watch(&breaker.handle())?;
+    /// registry.meter_into(&provider.meter("buttress"));
+    /// # Ok(()) }
+    /// ```
+    #[cfg_attr(docsrs, doc(cfg(feature = "opentelemetry_0_33")))]
+    pub fn meter_into(&self, meter: &Meter) {
+        let collections =
+            Arc::new(Collections { registry: self.downgrade(), state: Mutex::default() });
+        for metric in METRICS {
+            instrument(meter, metric, collections.clone());
+        }
+    }
+}
+
+/// Makes the instrument of a metric. A counter of seconds has a fraction, the other counters have none.
+fn instrument(meter: &Meter, metric: &'static Metric, from: Arc<Collections>) {
+    let (name, unit, help) = (metric.name, metric.unit, metric.help);
+    match metric.kind {
+        MetricKind::Counter if unit == "s" => {
+            let counter = meter.f64_observable_counter(name).with_unit(unit).with_description(help);
+            counter.with_callback(move |to| from.observe(metric, to, as_f64)).build();
+        }
+        MetricKind::Counter => {
+            let counter = meter.u64_observable_counter(name).with_unit(unit).with_description(help);
+            counter.with_callback(move |to| from.observe(metric, to, as_u64)).build();
+        }
+        MetricKind::UpDownCounter => {
+            let counter =
+                meter.i64_observable_up_down_counter(name).with_unit(unit).with_description(help);
+            counter.with_callback(move |to| from.observe(metric, to, as_i64)).build();
+        }
+        MetricKind::Gauge => {
+            let gauge = meter.f64_observable_gauge(name).with_unit(unit).with_description(help);
+            gauge.with_callback(move |to| from.observe(metric, to, as_f64)).build();
+        }
+        MetricKind::Histogram => {}
+    }
+}
+
+fn as_f64(number: Number) -> f64 {
+    match number {
+        Number::Count(count) => count as f64,
+        Number::Fraction(number) => number,
+    }
+}
+
+fn as_u64(number: Number) -> u64 {
+    match number {
+        Number::Count(count) => count,
+        Number::Fraction(number) => number as u64,
+    }
+}
+
+fn as_i64(number: Number) -> i64 {
+    i64::try_from(as_u64(number)).unwrap_or(i64::MAX)
+}
+
+#[derive(Clone, Copy)]
+enum Number {
+    Count(u64),
+    Fraction(f64),
+}
+
+/// The values of one metric with their attributes.
+type Points = Vec<(Arc<[KeyValue]>, Number)>;
+
+/// The values that the callbacks of one meter share.
+///
+/// OpenTelemetry has no callback for a whole collection: it calls the callback of each instrument, one after the other.
+/// The first one visits all layers, and each takes the points of its metric. A callback that does not find its points
+/// knows that a new collection has begun.
+struct Collections {
+    registry: WeakRegistry,
+    state: Mutex<CollectionState>,
+}
+
+#[derive(Default)]
+struct CollectionState {
+    /// The attributes by series.
+    attributes: SeriesMap<Arc<[KeyValue]>>,
+    /// The points that no callback has taken, by the address of the metric.
+    points: HashMap<usize, Points>,
+    visited: Option<Instant>,
+}
+
+impl Collections {
+    /// Observes the values of a metric. The observer is user code, so no lock is held while it runs.
+    fn observe<T>(
+        &self,
+        metric: &'static Metric,
+        to: &dyn AsyncInstrument<T>,
+        convert: fn(Number) -> T,
+    ) {
+        for (attributes, number) in self.take(metric) {
+            to.observe(convert(number), &attributes);
+        }
+    }
+
+    /// Takes the points of a metric, after a visit if another callback does not share its visit.
+    fn take(&self, metric: &'static Metric) -> Points {
+        let key = ptr::from_ref(metric) as usize;
+        let mut attributes = {
+            let mut state = self.state.lock();
+            let is_fresh = state.visited.is_some_and(|visited| visited.elapsed() <= MAX_AGE);
+            if let Some(points) = state.points.remove(&key).filter(|_| is_fresh) {
+                return points;
+            }
+            std::mem::take(&mut state.attributes)
+        };
+        // The visit runs without the lock: it may drop the last reference to a layer, and thereby closures of the user.
+        let Some(registry) = self.registry.upgrade() else { return Vec::new() };
+        // A metric without a series has no points, but its callback must not visit all layers again.
+        let all = METRICS.iter().map(|metric| (ptr::from_ref(*metric) as usize, Vec::new()));
+        let mut points = all.collect();
+        attributes.begin();
+        registry.visit(&mut Visitor { attributes: &mut attributes, points: &mut points });
+        attributes.end(|_| false);
+        let own = points.remove(&key).unwrap_or_default();
+        let visited = Some(Instant::now());
+        let before = {
+            let mut state = self.state.lock();
+            std::mem::replace(&mut *state, CollectionState { attributes, points, visited })
+        };
+        drop(before);
+        own
+    }
+}
+
+/// One visit of all layers.
+struct Visitor<'a> {
+    attributes: &'a mut SeriesMap<Arc<[KeyValue]>>,
+    points: &'a mut HashMap<usize, Points>,
+}
+
+impl NamedVisit for Visitor<'_> {
+    fn sample(
+        &mut self,
+        metric: &'static Metric,
+        name: Option<&str>,
+        labels: &[(&'static str, &str)],
+        value: Value,
+    ) {
+        let number = match value {
+            Value::Count(count) => Number::Count(count),
+            Value::Number(number) => Number::Fraction(number),
+            Value::Histogram(_) => return,
+        };
+        let attributes = self.attributes.get(metric, name, labels, || attributes(name, labels));
+        let points = self.points.entry(ptr::from_ref(metric) as usize).or_default();
+        points.push((attributes.clone(), number));
+    }
+}
+
+fn attributes(name: Option<&str>, labels: &[(&'static str, &str)]) -> Arc<[KeyValue]> {
+    let name = name.map(|name| ("name", name));
+    let labels = name.iter().chain(labels);
+    labels.map(|(label, value)| KeyValue::new(*label, (*value).to_owned())).collect()
+}
