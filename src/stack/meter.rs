@@ -83,9 +83,7 @@ impl MeterLayer {
         self.took.fetch_add(took, Relaxed);
         self.timed.fetch_add(1, Relaxed);
         #[cfg(feature = "observe")]
-        if !is_rejected(outcome) {
-            self.durations[outcome.kind() as usize].record(Duration::from_nanos(took));
-        }
+        self.durations[outcome.kind() as usize].record(Duration::from_nanos(took));
         let _ = outcome;
         let mut recent = self.recent.lock();
         recent.record(Duration::from_nanos(took), now);
@@ -137,6 +135,10 @@ impl Release for MeterLayer {
     }
 
     fn record_head(&self, token: &mut Token, so_far: Outcome) {
+        // A server responds to a rejected call, so the rejection has a head. Its release counts it.
+        if is_rejected(so_far) {
+            return;
+        }
         if token.tag > 0 {
             self.record_latency(token.tag - 1, so_far);
         }

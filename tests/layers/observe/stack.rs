@@ -145,6 +145,10 @@ async fn rejections_of_a_server_are_not_timed() {
     response.into_body().collect().await.unwrap();
     assert_eq!(calls(&registry), [0.0, 0.0, 1.0, 1.0, 0.0]);
     assert_eq!(durations(&registry), [(0.0, 0.0), (0.0, 0.0), (1.0, 0.2), (0.0, 0.0)]);
+    let seen = handle.snapshot();
+    assert_eq!((seen.rejected, seen.average), (1, Some(ms(200))));
+    let p99 = seen.p99.unwrap();
+    assert!((ms(200)..ms(203)).contains(&p99), "{p99:?}");
     drop((handle, stack, server));
     assert!(!Page::of(&registry).contains("search"));
 }
