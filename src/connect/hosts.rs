@@ -244,7 +244,9 @@ impl Drop for QueueEntry<'_> {
         shared.counts.waiting.fetch_sub(1, Ordering::AcqRel);
         let waited = shared.clock.now().saturating_sub(self.since);
         shared.counts.waited.fetch_add(waited, Ordering::Relaxed);
-        shared.counts.wait_times.record(self.result, Duration::from_nanos(waited));
+        let waited = Duration::from_nanos(waited);
+        shared.counts.wait_times.record(self.result, waited);
+        shared.counts.wait_times.export(self.result, || waited);
     }
 }
 

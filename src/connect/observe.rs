@@ -9,7 +9,9 @@ use super::{
     state::ConnectState,
 };
 use crate::{
-    observe::{Condition, Observe, Observed, Part, Severity, Value, Visit, metrics::*},
+    observe::{
+        Condition, Observe, Observed, Part, Severity, Value, Visit, VisitHistogram, metrics::*,
+    },
     outcome::{LayerKind, RejectedKind},
     sealed::Sealed,
 };
@@ -78,5 +80,9 @@ impl Observed for ConnectState {
             .count("connections", open as u64, max_total.map(|max| max as u64))
             .count("waiting", waiting as u64, Some(max_waiting as u64))
             .count("failed connects", self.counts.failed.load(Relaxed), None)
+    }
+
+    fn visit_histograms(&self, to: &mut VisitHistogram<'_>) {
+        self.counts.wait_times.visit(LAYER, to);
     }
 }

@@ -5,7 +5,9 @@ use super::{
     partition::PartitionedLimitHandle,
 };
 use crate::{
-    observe::{Condition, Observe, Observed, Part, Severity, Value, Visit, metrics::*},
+    observe::{
+        Condition, Observe, Observed, Part, Severity, Value, Visit, VisitHistogram, metrics::*,
+    },
     outcome::{LayerKind, RejectedKind},
     sealed::Sealed,
 };
@@ -54,7 +56,7 @@ impl Observed for Limiter {
         }
         to.counts(&QUEUE_DEPTH, "layer", [(LAYER, self.waiting().into())]);
         to.counts(&QUEUE_LIMIT, "layer", [(LAYER, self.max_queue().into())]);
-        for (result, times) in self.wait_times() {
+        for (result, times) in self.wait_times().snapshots() {
             let labels = [("layer", LAYER), ("result", result)];
             to.sample(&QUEUE_WAIT_DURATION, &labels, Value::Histogram(times));
         }
@@ -85,5 +87,9 @@ impl Observed for Limiter {
             condition = condition.next("The next call is admitted when a call in flight ends.");
         }
         condition.in_shadow_mode(self.is_shadow())
+    }
+
+    fn visit_histograms(&self, to: &mut VisitHistogram<'_>) {
+        self.wait_times().visit(LAYER, to);
     }
 }

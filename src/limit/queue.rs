@@ -318,12 +318,14 @@ impl Queue {
     }
 
     /// Records the waiting time of an entry that is rejected because its maximum wait or its deadline has passed.
-    pub(super) fn record_wait(&mut self, (index, number): EntryId, now: Instant) {
-        let Some(call) = self.queue(index).get_mut(&number) else { return };
+    /// Returns whether the entry was waiting.
+    pub(super) fn record_wait(&mut self, (index, number): EntryId, now: Instant) -> bool {
+        let Some(call) = self.queue(index).get_mut(&number) else { return false };
         call.has_timed_out = true;
         let waited = now.saturating_duration_since(call.since);
         self.waits.record(waited, now);
         self.wait_times.record(WaitResult::Rejected, waited);
+        true
     }
 
     /// Records the end of a wait for the metrics, unless it has been recorded at its timeout.

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     outcome::{Rejected, RejectedKind},
-    time::has_passed,
+    time::{WaitResult, has_passed},
 };
 
 pin_project! {
@@ -38,9 +38,10 @@ impl PermitWait {
     pub(super) fn new(limiter: SharedLimiter, entry: EntryId, deadline: Option<Instant>) -> Self {
         let max_wait = limiter.max_wait();
         // The `OwnedEntry` is made first: outside of a runtime `sleep` panics, and then its drop removes the entry.
-        let entry = OwnedEntry(Some((limiter.clone(), entry)));
+        let mut entry = OwnedEntry { entry: Some((limiter.clone(), entry)), since: None };
         // `sleep` accepts any duration, while an addition to the current time could overflow.
         let until = sleep(max_wait).deadline();
+        entry.since = until.checked_sub(max_wait);
         let until = deadline.map_or(until, |deadline| deadline.min(until));
         let timer = sleep_until(limiter.recheck_at(until));
         Self { entry, deadline, until, is_new: true, timer }
@@ -48,12 +49,37 @@ impl PermitWait {
 }
 
 /// A queue entry. Its drop removes the entry, or passes on the permit that the entry has received.
-struct OwnedEntry(Option<(SharedLimiter, EntryId)>);
+struct OwnedEntry {
+    entry: Option<(SharedLimiter, EntryId)>,
+    /// The time at which the entry joined the queue. The queue counts the wait under its lock; the caller exports it,
+    /// because the export calls user code, which may read the trace of the call.
+    since: Option<Instant>,
+}
+
+impl OwnedEntry {
+    /// Ends the ownership of the entry without an export.
+    fn leave(&mut self) -> Option<(SharedLimiter, Position)> {
+        let (limiter, entry) = self.entry.take()?;
+        let position = limiter.leave_queue(entry);
+        Some((limiter, position))
+    }
+
+    fn export(&self, limiter: &SharedLimiter, result: WaitResult) {
+        if let Some(since) = self.since {
+            limiter.export_wait(result, since);
+        }
+    }
+}
 
 impl Drop for OwnedEntry {
     fn drop(&mut self) {
-        if let Some((limiter, entry)) = self.0.take() {
-            limiter.leave_queue(entry);
+        if let Some((limiter, position)) = self.leave() {
+            let result = match position {
+                Position::Queued => WaitResult::Abandoned,
+                Position::Granted => WaitResult::Admitted,
+                Position::Displaced => WaitResult::Rejected,
+            };
+            self.export(&limiter, result);
         }
     }
 }
@@ -63,26 +89,29 @@ impl Future for PermitWait {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        let Some((limiter, entry)) = &this.entry.0 else { unreachable!("polled after completion") };
-        let kind = loop {
+        let Some((limiter, entry)) = &this.entry.entry else {
+            unreachable!("polled after completion")
+        };
+        let (kind, was_granted) = loop {
             // A permit takes precedence over the end of the maximum wait, but not over the deadline: after the deadline
             // the response is of no use.
             match limiter.poll_position(*entry, mem::take(this.is_new), cx) {
                 Position::Granted if !has_passed(*this.deadline) => {
                     let permit = limiter.permit(limiter.start_in(entry.0, limiter.in_flight()));
-                    this.entry.0 = None;
+                    if let Some((limiter, _)) = this.entry.entry.take() {
+                        this.entry.export(&limiter, WaitResult::Admitted);
+                    }
                     return Poll::Ready(Ok(permit));
                 }
-                Position::Granted => break RejectedKind::DeadlinePassed,
-                Position::Displaced => break RejectedKind::Outranked,
+                Position::Granted => break (RejectedKind::DeadlinePassed, true),
+                Position::Displaced => break (RejectedKind::Outranked, false),
                 Position::Queued => {}
             }
             ready!(this.timer.as_mut().poll(cx));
             if this.timer.deadline() >= *this.until {
-                break if has_passed(*this.deadline) {
-                    RejectedKind::DeadlinePassed
-                } else {
-                    RejectedKind::WaitedTooLong
+                break match has_passed(*this.deadline) {
+                    true => (RejectedKind::DeadlinePassed, false),
+                    false => (RejectedKind::WaitedTooLong, false),
                 };
             }
             // The timer fired before `until`: a reservation of another partition may have expired. That makes permits
@@ -90,11 +119,16 @@ impl Future for PermitWait {
             limiter.grant_next();
             this.timer.as_mut().reset(limiter.recheck_at(*this.until));
         };
-        limiter.record_timeout(*entry);
+        let was_queued = limiter.record_timeout(*entry);
         let rejected = limiter.reject(kind).map(|token| limiter.permit(token));
-        // The entry may receive a permit before it is removed here. In that case the drop of the `OwnedEntry` passes
-        // the permit to the next entry.
-        drop(this.entry.0.take().map(|entry| OwnedEntry(Some(entry))));
+        // The entry may receive a permit before it is removed here. In that case `leave` passes the permit to the next
+        // entry.
+        if let Some((limiter, position)) = this.entry.leave() {
+            // A permit that was received after the last poll counts as admitted unless the timeout was recorded before.
+            let is_granted = was_granted || !was_queued && position == Position::Granted;
+            let result = if is_granted { WaitResult::Admitted } else { WaitResult::Rejected };
+            this.entry.export(&limiter, result);
+        }
         Poll::Ready(rejected)
     }
 }

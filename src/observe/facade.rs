@@ -2,25 +2,27 @@
 
 use std::collections::BTreeSet;
 
-use ::metrics::{
-    Counter, Gauge, Key, KeyName, Label, Level, Metadata, Recorder, Unit, with_recorder,
-};
+use ::metrics::{Counter, Gauge, Key, KeyName, Recorder, with_recorder};
 
 use super::{
+    facade_key::{METADATA, has_address, key, unit},
     metric::{Metric, MetricKind, Value},
     registry::{NamedVisit, Registry},
     series::SeriesMap,
 };
 use crate::user_code::catch_panic;
 
-const METADATA: Metadata<'static> = Metadata::new("buttress::observe", Level::INFO, None);
-
 impl Registry {
     /// Publishes the counters and gauges through the `metrics` facade, once a second while the sampler of this registry
     /// runs. A process without the sampler calls [`MetricsPublisher::publish`] itself.
+    ///
+    /// The values of histograms are recorded when they arise, from this call on: waits in queues, delays and numbers of
+    /// retries, and the durations of calls after [`export_call_durations`](Self::export_call_durations).
     #[cfg_attr(docsrs, doc(cfg(feature = "metrics")))]
     pub fn publish_metrics(&self) {
-        self.exports().use_facade();
+        if self.exports().use_facade() {
+            self.connect_histograms();
+        }
     }
 }
 
@@ -86,11 +88,9 @@ impl MetricsPublisher {
     pub fn publish(&mut self, registry: &Registry) {
         registry.publish_metrics();
         with_recorder(|recorder| {
-            // A handle belongs to the recorder that has made it. Without an installed recorder, the facade has a no-op
-            // recorder, whose handles would have no effect for ever. It has no size, and a recorder of no size has no
-            // address of its own, so its handles are used in one pass only.
+            // A handle belongs to the recorder that has made it. Those of the no-op recorder would have no effect for ever.
             let address = std::ptr::from_ref(recorder).cast::<()>() as usize;
-            if self.recorder != address || size_of_val(recorder) == 0 {
+            if self.recorder != address || !has_address(recorder) {
                 *self = Self { recorder: address, ..Self::default() };
             }
             let Self { series, described, .. } = self;
@@ -189,16 +189,8 @@ fn is_counter(metric: &Metric) -> bool {
 
 fn describe(recorder: &dyn Recorder, metric: &Metric) {
     let (name, help) = (KeyName::from(metric.series()), metric.help.into());
-    let unit = Some(if metric.unit == "s" { Unit::Seconds } else { Unit::Count });
     match is_counter(metric) {
-        true => recorder.describe_counter(name, unit, help),
-        false => recorder.describe_gauge(name, unit, help),
+        true => recorder.describe_counter(name, unit(metric), help),
+        false => recorder.describe_gauge(name, unit(metric), help),
     }
-}
-
-fn key(metric: &Metric, name: Option<&str>, labels: &[(&'static str, &str)]) -> Key {
-    let name = name.map(|name| ("name", name));
-    let labels = name.iter().chain(labels);
-    let labels = labels.map(|(label, value)| Label::new(*label, (*value).to_owned()));
-    Key::from_parts(metric.series(), labels.collect::<Vec<_>>())
 }

@@ -5,7 +5,13 @@ use std::{
     time::Duration,
 };
 
-use super::metric::HistogramSnapshot;
+use tokio::time::Instant;
+
+use super::{
+    exports::ExportCell,
+    metric::{HistogramSnapshot, Metric},
+    metrics::{CALL_DURATION, RETRY_CALL_RETRIES},
+};
 use crate::time::nanos;
 
 /// The bounds for waits inside the process, in seconds.
@@ -19,6 +25,15 @@ pub(crate) const CALL_BOUNDS: &[f64] =
 /// The bounds for the number of retries of a call: those of gRFC A96.
 pub(crate) const RETRY_BOUNDS: &[f64] = &[1.0, 2.0, 3.0, 4.0, 5.0, 10.0];
 
+/// Returns the bounds of a histogram.
+pub(super) fn bounds(metric: &'static Metric) -> &'static [f64] {
+    match metric {
+        _ if std::ptr::eq(metric, &CALL_DURATION) => CALL_BOUNDS,
+        _ if std::ptr::eq(metric, &RETRY_CALL_RETRIES) => RETRY_BOUNDS,
+        _ => WAIT_BOUNDS,
+    }
+}
+
 /// A histogram of values that many threads record. `N` is the number of bounds plus one.
 #[derive(Debug)]
 pub(crate) struct FixedHistogram<const N: usize> {
@@ -26,31 +41,59 @@ pub(crate) struct FixedHistogram<const N: usize> {
     counts: [AtomicU64; N],
     /// The sum of the values in units of 1e-9, which for times are nanoseconds.
     sum: AtomicU64,
+    export: ExportCell,
 }
 
 impl<const N: usize> FixedHistogram<N> {
     pub(crate) fn new(bounds: &'static [f64]) -> Self {
         const { assert!(N > 0) };
         debug_assert_eq!(bounds.len() + 1, N);
-        Self { bounds, counts: [const { AtomicU64::new(0) }; N], sum: AtomicU64::new(0) }
+        Self {
+            bounds,
+            counts: [const { AtomicU64::new(0) }; N],
+            sum: AtomicU64::new(0),
+            export: ExportCell::default(),
+        }
     }
 
-    /// Records a time.
+    /// Counts a time, without its export.
     #[inline]
     pub(crate) fn record(&self, time: Duration) {
         self.add(time.as_secs_f64(), nanos(time));
     }
 
-    /// Records a number.
+    /// Exports a time that has been counted, if a registry needs it. Calls user code, so the caller holds no lock.
+    #[inline]
+    pub(crate) fn export(&self, time: impl FnOnce() -> Duration, now: impl FnOnce() -> Instant) {
+        if let Some(export) = self.export.get() {
+            let value = time().as_secs_f64();
+            export.record(self.bucket(value), value, now);
+        }
+    }
+
+    /// Counts and exports a number. Calls user code, so the caller holds no lock.
     pub(crate) fn record_number(&self, number: u32) {
-        self.add(f64::from(number), u64::from(number) * 1_000_000_000);
+        let value = f64::from(number);
+        self.add(value, u64::from(number) * 1_000_000_000);
+        if let Some(export) = self.export.get() {
+            export.record(self.bucket(value), value, Instant::now);
+        }
+    }
+
+    #[inline]
+    fn bucket(&self, value: f64) -> usize {
+        self.bounds.partition_point(|bound| *bound < value).min(N - 1)
     }
 
     #[inline]
     fn add(&self, value: f64, billionths: u64) {
-        let bucket = self.bounds.partition_point(|bound| *bound < value).min(N - 1);
-        self.counts[bucket].fetch_add(1, Relaxed);
+        self.counts[self.bucket(value)].fetch_add(1, Relaxed);
         self.sum.fetch_add(billionths, Relaxed);
+    }
+
+    /// Returns the place for the export.
+    pub(crate) fn export_cell(&self) -> &ExportCell {
+        &self.export
     }
 
     pub(crate) fn snapshot(&self) -> HistogramSnapshot {
@@ -58,7 +101,8 @@ impl<const N: usize> FixedHistogram<N> {
         // recorded at this moment.
         let sum = self.sum.load(Relaxed) as f64 / 1e9;
         let counts = self.counts.iter().map(|count| count.load(Relaxed)).collect();
-        HistogramSnapshot { bounds: self.bounds, counts, sum }
+        let exemplars = self.export.get().map(|export| export.exemplars()).unwrap_or_default();
+        HistogramSnapshot { bounds: self.bounds, counts, sum, exemplars }
     }
 }
 

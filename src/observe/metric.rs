@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::exemplar::Exemplar;
+
 /// The kind of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -100,6 +102,8 @@ pub struct HistogramSnapshot {
     pub counts: Vec<u64>,
     /// The sum of the values.
     pub sum: f64,
+    /// The exemplar of each bucket. Empty unless [`exemplars`](super::registry::Registry::exemplars) are on.
+    pub exemplars: Vec<Option<Exemplar>>,
 }
 
 impl HistogramSnapshot {

@@ -38,9 +38,12 @@ mod condition;
 mod decision;
 mod endpoint;
 mod episode;
+mod exemplar;
 mod exports;
 #[cfg(feature = "metrics")]
 mod facade;
+#[cfg(feature = "metrics")]
+mod facade_key;
 mod histogram;
 mod history;
 mod metric;
@@ -59,13 +62,15 @@ mod visit;
 pub use self::facade::MetricsPublisher;
 pub(crate) use self::{
     condition::Condition,
+    exports::ExportCell,
     histogram::{CALL_BOUNDS, FixedHistogram, RETRY_BOUNDS, WAIT_BOUNDS},
-    visit::{ForceCircuit, Observed},
+    visit::{ForceCircuit, Observed, VisitHistogram},
 };
 pub use self::{
     condition::{Fact, Severity},
     decision::{Decision, Decisions},
     endpoint::{MetricsEndpoint, MetricsEndpointLayer, MetricsService},
+    exemplar::{Exemplar, TraceId},
     history::Track,
     metric::{HistogramSnapshot, Metric, MetricKind, Value},
     metrics::METRICS,

@@ -9,6 +9,7 @@ use ::opentelemetry::{
 use tokio::time::Instant;
 
 use super::{
+    histogram::bounds,
     metric::{Metric, MetricKind, Value},
     metrics::METRICS,
     registry::{NamedVisit, Registry, WeakRegistry},
@@ -27,6 +28,11 @@ impl Registry {
     /// have no values any more. Call this method once for each meter, because a meter does not replace instruments.
     ///
     /// The callbacks of one collection share one visit of all layers.
+    ///
+    /// OpenTelemetry has no observable histogram. The values of histograms are recorded when they arise, from this call
+    /// on: waits in queues, delays and numbers of retries, and the durations of calls after
+    /// [`export_call_durations`](Self::export_call_durations). Only the first registry that exports the histograms of a
+    /// layer receives them.
     ///
     /// ```
     /// use buttress::{CircuitBreakerLayer, observe::Registry};
@@ -48,6 +54,14 @@ impl Registry {
         for metric in METRICS {
             instrument(meter, metric, collections.clone());
         }
+        let histograms = METRICS.iter().filter(|metric| metric.kind == MetricKind::Histogram);
+        let histograms = histograms.map(|metric| {
+            let histogram =
+                meter.f64_histogram(metric.name).with_boundaries(bounds(metric).to_vec());
+            (*metric, histogram.with_unit(metric.unit).with_description(metric.help).build())
+        });
+        self.exports().add_meter(histograms.collect());
+        self.connect_histograms();
     }
 }
 

@@ -1,8 +1,9 @@
 //! The text formats of Prometheus (version 0.0.4) and OpenMetrics (version 1.0.0).
 
-use std::{collections::BTreeMap, fmt::Write};
+use std::{collections::BTreeMap, fmt::Write, time::UNIX_EPOCH};
 
 use super::{
+    exemplar::Exemplar,
     metric::{HistogramSnapshot, Metric, MetricKind, Value},
     metrics::METRICS,
     registry::{NamedVisit, Registry},
@@ -63,7 +64,7 @@ pub(super) fn render(registry: &Registry, format: Format) -> String {
         let Some(samples) = samples.0.get(metric.name) else { continue };
         header(&mut page, metric, format);
         for (labels, value) in samples {
-            sample(&mut page, metric, labels, value);
+            sample(&mut page, metric, labels, value, format);
         }
     }
     if format == Format::OpenMetrics {
@@ -116,17 +117,25 @@ fn header(page: &mut String, metric: &Metric, format: Format) {
     }
 }
 
-fn sample(page: &mut String, metric: &Metric, labels: &str, value: &Value) {
+fn sample(page: &mut String, metric: &Metric, labels: &str, value: &Value, format: Format) {
     match value {
         Value::Count(count) => line(page, &metric.series(), labels, |page| write!(page, "{count}")),
         Value::Number(number) => {
             line(page, &metric.series(), labels, |page| write_number(page, *number))
         }
-        Value::Histogram(histogram) => histogram_lines(page, &metric.family(), labels, histogram),
+        Value::Histogram(histogram) => {
+            histogram_lines(page, &metric.family(), labels, histogram, format);
+        }
     }
 }
 
-fn histogram_lines(page: &mut String, family: &str, labels: &str, histogram: &HistogramSnapshot) {
+fn histogram_lines(
+    page: &mut String,
+    family: &str,
+    labels: &str,
+    histogram: &HistogramSnapshot,
+    format: Format,
+) {
     let comma = if labels.is_empty() { "" } else { "," };
     let mut count = 0;
     for (nth, of_bucket) in histogram.counts.iter().enumerate() {
@@ -138,10 +147,24 @@ fn histogram_lines(page: &mut String, family: &str, labels: &str, histogram: &Hi
             Some(bound) => write!(page, "{bound}"),
             None => write!(page, "+Inf"),
         };
-        let _ = writeln!(page, "\"}} {count}");
+        let _ = write!(page, "\"}} {count}");
+        if let (Format::OpenMetrics, Some(Some(exemplar))) = (format, histogram.exemplars.get(nth))
+        {
+            write_exemplar(page, exemplar);
+        }
+        page.push('\n');
     }
     line(page, &format!("{family}_sum"), labels, |page| write_number(page, histogram.sum));
     line(page, &format!("{family}_count"), labels, |page| write!(page, "{count}"));
+}
+
+fn write_exemplar(page: &mut String, exemplar: &Exemplar) {
+    let at = exemplar.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    page.push_str(" # {trace_id=\"");
+    escape(page, exemplar.trace_id.as_str(), true);
+    page.push_str("\"} ");
+    let _ = write_number(page, exemplar.value);
+    let _ = write!(page, " {}.{:03}", at.as_secs(), at.subsec_millis());
 }
 
 fn line(

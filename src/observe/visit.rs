@@ -4,6 +4,7 @@ use std::sync::{Arc, Weak};
 
 use super::{
     condition::Condition,
+    exports::ExportCell,
     metric::{Metric, Value},
 };
 use crate::{report::ReportChange, sealed::Sealed, time::Nanos};
@@ -94,6 +95,9 @@ pub(crate) trait Observed: Send + Sync + 'static {
     /// visitor under a lock.
     fn observe(&self, to: &mut dyn Visit);
 
+    /// Visits the histograms of this layer with their labels, without the name.
+    fn visit_histograms(&self, _: &mut VisitHistogram<'_>) {}
+
     /// Returns the state in words. Runs no user code.
     fn condition(&self) -> Condition;
 
@@ -115,6 +119,10 @@ pub(crate) enum ForceCircuit {
     Closed,
     Reset,
 }
+
+/// Receives a histogram of a layer.
+pub(crate) type VisitHistogram<'a> =
+    dyn FnMut(&'static Metric, &[(&'static str, &str)], &ExportCell) + 'a;
 
 /// A part of what a [`Registry`](super::registry::Registry) watches: one layer.
 ///

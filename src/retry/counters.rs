@@ -6,7 +6,13 @@ use std::{
 };
 
 #[cfg(feature = "observe")]
-use crate::observe::{FixedHistogram, HistogramSnapshot, RETRY_BOUNDS, WAIT_BOUNDS};
+use tokio::time::Instant;
+
+#[cfg(feature = "observe")]
+use crate::observe::{
+    FixedHistogram, HistogramSnapshot, RETRY_BOUNDS, VisitHistogram, WAIT_BOUNDS,
+    metrics::{RETRY_CALL_RETRIES, RETRY_DELAY},
+};
 use crate::{attempt::GiveUpReason, outcome::Reason};
 
 /// The counters of one retry layer. On cache lines of their own, so that a retry does not invalidate the lines that
@@ -57,6 +63,7 @@ impl RetryCounters {
         {
             self.retries_per_call.record_number(retries);
             self.delays.record(delay);
+            self.delays.export(|| delay, Instant::now);
         }
         #[cfg(not(feature = "observe"))]
         let _ = (self, retries, delay);
@@ -81,5 +88,11 @@ impl RetryCounters {
     #[cfg(feature = "observe")]
     pub(super) fn retried_calls(&self) -> [HistogramSnapshot; 2] {
         [self.retries_per_call.snapshot(), self.delays.snapshot()]
+    }
+
+    #[cfg(feature = "observe")]
+    pub(super) fn visit_histograms(&self, to: &mut VisitHistogram<'_>) {
+        to(&RETRY_CALL_RETRIES, &[], self.retries_per_call.export_cell());
+        to(&RETRY_DELAY, &[], self.delays.export_cell());
     }
 }

@@ -5,7 +5,9 @@ use std::sync::{Arc, Weak};
 use super::{handle::RetryHandle, settings::RetrySettings};
 use crate::{
     attempt::GiveUpReason,
-    observe::{Condition, Observe, Observed, Part, Severity, Value, Visit, metrics::*},
+    observe::{
+        Condition, Observe, Observed, Part, Severity, Value, Visit, VisitHistogram, metrics::*,
+    },
     outcome::{LayerKind, Reason},
     sealed::Sealed,
 };
@@ -63,5 +65,9 @@ impl Observed for RetrySettings {
             Condition::new(Severity::Healthy, "", sentence)
         };
         counted(condition.number("retry budget", balance_now, Some(max_balance)))
+    }
+
+    fn visit_histograms(&self, to: &mut VisitHistogram<'_>) {
+        self.counters.visit_histograms(to);
     }
 }

@@ -14,7 +14,7 @@ use std::{
 use tokio::time::Instant;
 
 #[cfg(feature = "observe")]
-use crate::observe::{CALL_BOUNDS, FixedHistogram, HistogramSnapshot};
+use crate::observe::{CALL_BOUNDS, ExportCell, FixedHistogram, HistogramSnapshot};
 use crate::sync::Mutex;
 use crate::{
     admission::{Admit, Plan, Policy, Terms, admission_service},
@@ -83,7 +83,12 @@ impl MeterLayer {
         self.took.fetch_add(took, Relaxed);
         self.timed.fetch_add(1, Relaxed);
         #[cfg(feature = "observe")]
-        self.durations[outcome.kind() as usize].record(Duration::from_nanos(took));
+        {
+            let (durations, took) =
+                (&self.durations[outcome.kind() as usize], Duration::from_nanos(took));
+            durations.record(took);
+            durations.export(|| took, || now);
+        }
         let _ = outcome;
         let mut recent = self.recent.lock();
         recent.record(Duration::from_nanos(took), now);
@@ -93,6 +98,12 @@ impl MeterLayer {
     #[cfg(feature = "observe")]
     pub(super) fn durations(&self) -> [HistogramSnapshot; 4] {
         self.durations.each_ref().map(FixedHistogram::snapshot)
+    }
+
+    /// Returns the places for the exports of the latencies, by [`OutcomeKind`].
+    #[cfg(feature = "observe")]
+    pub(super) fn export_cells(&self) -> [&ExportCell; 4] {
+        self.durations.each_ref().map(FixedHistogram::export_cell)
     }
 
     /// Returns the numbers of calls that have begun, that have ended by [`OutcomeKind`], and that were rejected.

@@ -4,7 +4,9 @@ use std::sync::{Arc, Weak};
 
 use super::{client::ClientHandle, meter::MeterLayer, server::ServerHandle};
 use crate::{
-    observe::{Condition, Observe, Observed, Part, Severity, Value, Visit, metrics::*},
+    observe::{
+        Condition, Observe, Observed, Part, Severity, Value, Visit, VisitHistogram, metrics::*,
+    },
     report::ReportChange,
     sealed::Sealed,
 };
@@ -82,5 +84,11 @@ impl Observed for MeterLayer {
 
     fn add_receiver(&self, receiver: Arc<dyn ReportChange>) {
         self.reports.add(receiver);
+    }
+
+    fn visit_histograms(&self, to: &mut VisitHistogram<'_>) {
+        for (outcome, cell) in OUTCOMES.into_iter().zip(self.export_cells()) {
+            to(&CALL_DURATION, &[("outcome", outcome)], cell);
+        }
     }
 }

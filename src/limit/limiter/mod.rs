@@ -123,6 +123,7 @@ use crate::{
         Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
+    time::{WaitResult, WaitTimes},
 };
 
 const LAYER: &str = LayerKind::ConcurrencyLimit.as_str();
@@ -149,6 +150,8 @@ pub(crate) struct Limiter {
     health_watches: AtomicU32,
     counters: LimitCounters,
     label: NameCell,
+    /// The waits that the queue counts.
+    wait_times: WaitTimes,
     /// Whether a layer has built a service with this limiter.
     is_in_use: AtomicBool,
 }
@@ -196,12 +199,14 @@ impl Limiter {
     pub(super) fn new(limit: u32, adaptive: Option<Sampler>) -> Self {
         let slot = Slot::<Self>::allocate();
         slot.word().reset();
+        let queue = Queue::default();
+        let wait_times = queue.wait_times.clone();
         Self {
             slot,
             limit: AtomicU32::new(limit),
             adaptive,
             is_partitioned: AtomicBool::new(false),
-            queue: Mutex::new(Queue::default()),
+            queue: Mutex::new(queue),
             max_queue: AtomicU32::new(0),
             max_wait_ms: AtomicU64::new(0),
             retry_after_ms: AtomicU64::new(RETRY_AFTER_MS),
@@ -211,6 +216,7 @@ impl Limiter {
             health_watches: AtomicU32::new(0),
             counters: LimitCounters::default(),
             label: NameCell::default(),
+            wait_times,
             is_in_use: AtomicBool::new(false),
         }
     }
@@ -313,8 +319,8 @@ impl Limiter {
         }
     }
 
-    /// Removes a queue entry, or releases the permit that it has received.
-    pub(super) fn leave_queue(&self, entry: EntryId) {
+    /// Removes a queue entry, or releases the permit that it has received. Returns the last state of the entry.
+    pub(super) fn leave_queue(&self, entry: EntryId) -> Position {
         let mut queue = self.lock();
         let (position, waker) = queue.leave(entry, Instant::now);
         match position {
@@ -327,6 +333,12 @@ impl Limiter {
             self.release_permit();
         }
         drop(waker);
+        position
+    }
+
+    /// Exports the wait of a queue entry that has ended. The queue has counted it.
+    pub(super) fn export_wait(&self, result: WaitResult, since: Instant) {
+        self.wait_times.export(result, || since.elapsed());
     }
 
     // ===== Releasing a permit =====

@@ -166,11 +166,12 @@ impl Limiter {
         Instant::now().checked_add(RESERVATION).map_or(until, |soon| soon.min(until))
     }
 
-    /// Records that a call is rejected after waiting.
-    pub(crate) fn record_timeout(&self, entry: EntryId) {
+    /// Records that a call is rejected after waiting. Returns whether its entry was still in the queue.
+    pub(crate) fn record_timeout(&self, entry: EntryId) -> bool {
         let (mut queue, now) = (self.lock(), Instant::now());
-        queue.record_wait(entry, now);
+        let was_queued = queue.record_wait(entry, now);
         queue.record_rejection(entry.0, self.limit(), now);
+        was_queued
     }
 
     // ===== Release =====

@@ -4,8 +4,6 @@ use std::ops::RangeInclusive;
 
 use super::*;
 use crate::limit::queue::QueueOrder;
-#[cfg(feature = "observe")]
-use crate::observe::HistogramSnapshot;
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
@@ -115,7 +113,9 @@ impl Limiter {
         fork.set_exempts_health(self.exempts_health.load(Ordering::Relaxed));
         fork.set_release_at_head(self.word().releases_at_head());
         fork.set_max_unread(self.word().readers.max());
-        *fork.lock() = self.lock().fork();
+        let mut queue = self.lock().fork();
+        queue.wait_times = fork.wait_times.clone();
+        *fork.lock() = queue;
         fork.is_partitioned.store(self.is_partitioned.load(Ordering::Relaxed), Ordering::Relaxed);
         Some(fork)
     }
@@ -147,8 +147,8 @@ impl Limiter {
 
     /// Returns the times that calls have waited in the queue, by result.
     #[cfg(feature = "observe")]
-    pub(crate) fn wait_times(&self) -> [(&'static str, HistogramSnapshot); 3] {
-        self.lock().wait_times.snapshots()
+    pub(crate) fn wait_times(&self) -> &WaitTimes {
+        &self.wait_times
     }
 
     /// Returns the name of the limit, or an empty one.

@@ -5,6 +5,7 @@ mod connect;
 mod decisions;
 mod facade;
 mod health;
+mod histograms;
 mod lifecycle;
 mod limit;
 mod page;
