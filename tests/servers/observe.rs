@@ -15,7 +15,7 @@ use axum::{Router, routing::get};
 use buttress::{
     Health, Lifecycle,
     config::{ClientConfig, ServerConfig},
-    observe::Registry,
+    observe::{Registry, TraceId},
 };
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Empty};
@@ -130,6 +130,65 @@ async fn every_expression_of_the_dashboard_and_the_rules_has_data() {
 
     assert!(output.status.success(), "{text}\n{errors}\n{}\n{}", prometheus.log(), registry.text());
     check_metrics(&registry.text());
+}
+
+/// Prometheus stores the exemplars of the page and returns them with their labels, values and times.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prometheus_returns_exemplars_of_the_page() {
+    let server = ServerConfig::load("front").toml("limit_max = 1\nlimit_queue = 10");
+    let server = buttress::server(&server.finish().unwrap()).unwrap();
+    let registry = Registry::new();
+    registry.watch(&server.handle()).unwrap();
+    let calls = AtomicU64::new(0);
+    registry.exemplars(move || {
+        TraceId::from_bytes(u128::from(calls.fetch_add(1, Ordering::Relaxed) + 1).to_be_bytes())
+    });
+    let respond = async || {
+        sleep(ms(20)).await;
+        "hello"
+    };
+    let app = Router::new().route("/", get(respond)).layer(server).layer(registry.endpoints());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    let Some(prometheus) = Prometheus::start(address) else { return skip("prometheus") };
+
+    let client = reqwest::Client::new();
+    let query = async |metric: &str| -> serde_json::Value {
+        let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs();
+        let url = format!(
+            "{}/api/v1/query_exemplars?query={metric}&start={}&end={}",
+            prometheus.url,
+            now - 60,
+            now + 60
+        );
+        client.get(url).send().await.unwrap().json().await.unwrap()
+    };
+    let metrics =
+        ["buttress_call_duration_seconds_bucket", "buttress_queue_wait_duration_seconds_bucket"];
+    let until = Instant::now() + Duration::from_secs(20);
+    for metric in metrics {
+        let series = loop {
+            let burst: JoinSet<_> =
+                (0..4).map(|_| client.get(format!("http://{address}/")).send()).collect();
+            burst.join_all().await;
+            let answer = query(metric).await;
+            match answer["data"].as_array().filter(|series| !series.is_empty()) {
+                Some(series) => break series.clone(),
+                None if Instant::now() < until => sleep(ms(200)).await,
+                None => panic!("{answer}\n{}\n{}", prometheus.log(), registry.open_metrics()),
+            }
+        };
+        for one in series {
+            assert_eq!(one["seriesLabels"]["name"], "front");
+            let exemplar = &one["exemplars"][0];
+            let id = exemplar["labels"]["trace_id"].as_str().unwrap();
+            assert!(id.len() == 32 && u128::from_str_radix(id, 16).unwrap() > 0, "{one}");
+            let value: f64 = exemplar["value"].as_str().unwrap().parse().unwrap();
+            let max: f64 = one["seriesLabels"]["le"].as_str().unwrap().parse().unwrap();
+            assert!((0.0..=max).contains(&value), "{one}");
+        }
+    }
 }
 
 /// `promtool check metrics` finds missing helps and names against the conventions.

@@ -16,7 +16,7 @@ pub fn program(name: &str) -> Option<PathBuf> {
     env::split_paths(&path).chain([unpacked]).map(|dir| dir.join(name)).find(|path| path.exists())
 }
 
-/// A running Prometheus that scrapes one target each second. Dropping it stops the process and deletes its data.
+/// A running Prometheus that scrapes one target each second, with its exemplars. Dropping it stops the process and deletes its data.
 pub struct Prometheus {
     child: Child,
     pub url: String,
@@ -39,6 +39,7 @@ impl Prometheus {
             .arg(format!("--config.file={}", dir.0.join("prometheus.yml").display()))
             .arg(format!("--storage.tsdb.path={}", dir.0.join("data").display()))
             .arg(format!("--web.listen-address={address}"))
+            .arg("--enable-feature=exemplar-storage")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
