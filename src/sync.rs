@@ -20,6 +20,8 @@ impl<T> Mutex<T> {
 
     #[inline]
     pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+        #[cfg(test)]
+        lock_log::record(std::ptr::from_ref(self) as usize);
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -27,6 +29,27 @@ impl<T> Mutex<T> {
     #[inline]
     pub(crate) fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
         not_locked(self.0.try_lock())
+    }
+}
+
+/// The locks that the current thread takes, for tests that count them.
+#[cfg(test)]
+pub(crate) mod lock_log {
+    use std::cell::RefCell;
+
+    thread_local! {
+        static LOG: RefCell<Option<Vec<usize>>> = const { RefCell::new(None) };
+    }
+
+    pub(super) fn record(address: usize) {
+        LOG.with_borrow_mut(|log| log.iter_mut().for_each(|log| log.push(address)));
+    }
+
+    /// Runs the closure and returns the addresses of the locks that it takes.
+    pub(crate) fn of(run: impl FnOnce()) -> Vec<usize> {
+        LOG.set(Some(Vec::new()));
+        run();
+        LOG.take().unwrap_or_default()
     }
 }
 

@@ -158,9 +158,11 @@ impl CheckRegistry {
     /// Returns the name and the state of each check, and whether it is critical, in the order in which they were added.
     #[cfg(feature = "observe")]
     pub(super) fn states(&self) -> Vec<(String, CheckState, bool)> {
+        // The names are copied without the lock.
+        let checks = self.checks.lock().clone();
         let read =
             |entry: &Arc<CheckEntry>| (entry.name().to_owned(), entry.state(), entry.is_critical());
-        self.checks.lock().iter().map(read).collect()
+        checks.iter().map(read).collect()
     }
 
     /// Notifies the watchers of a change of this check, and reports it. It runs wakers, so no lock may be held.

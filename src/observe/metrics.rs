@@ -15,6 +15,9 @@ macro_rules! metrics {
 
         /// All metrics, in the order of the text page.
         pub static METRICS: &[&Metric] = &[$(&$NAME),*];
+
+        /// The number of all metrics.
+        pub(super) const COUNT: usize = [$($name),*].len();
     };
 }
 

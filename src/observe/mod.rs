@@ -1,4 +1,4 @@
-//! Metrics of all layers: one registry that reads them when they are scraped.
+//! Metrics of all layers: one registry that reads them when they are scraped, and exports them.
 //!
 //! Layers count for themselves. A [`Registry`] reads their counts and states when a scrape arrives, so an admitted call
 //! costs nothing more. The one exception is a ready-made stack, whose calls record their latency by two atomic
@@ -33,6 +33,32 @@
 //!
 //! All labels except `name`, `check` and `version` have closed sets of values. Every value of a set is exported from the
 //! first scrape, with 0: otherwise `rate()` would miss the first increment.
+//!
+//! # Exports
+//!
+//! Three paths export the same names, labels and values of counters and gauges, so one dashboard fits all of them:
+//!
+//! | path | feature | read | differs |
+//! |---|---|---|---|
+//! | [`endpoints`](Registry::endpoints), [`text`](Registry::text) | `observe` | at each scrape | |
+//! | [`publish_metrics`](Registry::publish_metrics), [`MetricsPublisher`] | `metrics` | at each publication | counters of seconds are gauges; the gauges of a dropped layer stay, with the value 0 |
+//! | [`meter_into`](Registry::meter_into) | `opentelemetry_0_33` | at each collection | the names have dots, and the units are in UCUM's form; the Prometheus exporter of OpenTelemetry converts both |
+//!
+//! Times are in seconds. A Prometheus exporter of OpenTelemetry adds the label `otel_scope_name` unless it is told
+//! otherwise. Its SDK combines the series of an instrument beyond its cardinality limit (2,000 by default).
+//!
+//! # Histograms
+//!
+//! The text page has all histograms, with fixed buckets. The exporters receive each value when it arises, because neither
+//! of them can take a histogram that has been counted elsewhere: waits in queues, and delays and numbers of retries. The
+//! durations of calls follow only after [`export_call_durations`](Registry::export_call_durations), because every call
+//! has one. OpenTelemetry uses the buckets of the text page; an exporter behind the facade has buckets of its own, or
+//! quantiles.
+//!
+//! # Exemplars
+//!
+//! With [`exemplars`](Registry::exemplars), the buckets of call durations and queue waits have the id of the trace of one
+//! call, in the format of OpenMetrics. Prometheus stores them with `--enable-feature=exemplar-storage`.
 
 mod condition;
 mod decision;

@@ -209,3 +209,61 @@ fn attributes(name: Option<&str>, labels: &[(&'static str, &str)]) -> Arc<[KeyVa
     let labels = name.iter().chain(labels);
     labels.map(|(label, value)| KeyValue::new(*label, (*value).to_owned())).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+    use ::opentelemetry::metrics::MeterProvider;
+    use opentelemetry_sdk::metrics::SdkMeterProvider;
+
+    use super::*;
+    use crate::{
+        observe::{
+            Observe, Observed, Part, Visit,
+            metrics::{CONCURRENCY_EXEMPT, CONCURRENCY_LIMIT},
+        },
+        sealed::Sealed,
+    };
+
+    /// A layer that exports how often it has been read.
+    struct Counted(Arc<AtomicU64>);
+
+    impl Observed for AtomicU64 {
+        fn observe(&self, to: &mut dyn Visit) {
+            let reads = self.fetch_add(1, Relaxed) + 1;
+            to.count(&CONCURRENCY_LIMIT, reads);
+            to.count(&CONCURRENCY_EXEMPT, reads);
+        }
+    }
+
+    impl Sealed for Counted {}
+
+    impl Observe for Counted {
+        fn parts(&self) -> Vec<Part> {
+            let state = Arc::downgrade(&self.0);
+            vec![Part::new("counted", "a", state)]
+        }
+    }
+
+    #[test]
+    fn callbacks_of_one_collection_share_one_visit() {
+        let prometheus = prometheus::Registry::new();
+        let exporter = opentelemetry_prometheus::exporter().with_registry(prometheus.clone());
+        let provider = SdkMeterProvider::builder().with_reader(exporter.build().unwrap()).build();
+        let (registry, layer) = (Registry::new(), Counted(Arc::default()));
+        registry.watch(&layer).unwrap();
+        registry.meter_into(&provider.meter("buttress"));
+        for reads in 1..4 {
+            let families = prometheus.gather();
+            assert_eq!(layer.0.load(Relaxed), reads);
+            let value = |name: &str| {
+                let family = families.iter().find(|family| family.name() == name).unwrap();
+                let metric = &family.get_metric()[0];
+                metric.get_gauge().value() + metric.get_counter().value()
+            };
+            assert_eq!(value("buttress_concurrency_limit"), reads as f64);
+            assert_eq!(value("buttress_concurrency_exempt_total"), reads as f64);
+        }
+    }
+}

@@ -388,3 +388,78 @@ impl fmt::Debug for Registry {
         f.debug_struct("Registry").field("watched", &names.collect::<Vec<_>>()).finish()
     }
 }
+
+#[cfg(all(test, feature = "full"))]
+mod tests {
+    use std::{collections::BTreeMap, time::Duration};
+
+    use bytes::Bytes;
+    use http_body_util::Empty;
+
+    use super::*;
+    use crate::{
+        CircuitBreakerLayer, ConcurrencyLimitLayer, HealthProbeLayer, HedgeLayer, RetryLayer, Trip,
+        connect::ConnectLayer,
+        health::{Get, Health},
+        lifecycle::Lifecycle,
+        limit::adaptive::Knee,
+        sync::lock_log,
+    };
+
+    /// A visitor that runs a closure for each value.
+    struct Each<F>(F);
+
+    impl<F: FnMut()> NamedVisit for Each<F> {
+        fn sample(
+            &mut self,
+            _: &'static Metric,
+            _: Option<&str>,
+            _: &[(&'static str, &str)],
+            _: Value,
+        ) {
+            (self.0)();
+        }
+    }
+
+    /// Reads the layer. `uses_locks` takes every lock of the layer: it would deadlock under one of them.
+    fn check<T>(what: &str, handle: &impl Observe, uses_locks: impl Fn() -> T) {
+        let registry = Registry::new();
+        registry.watch(handle).unwrap();
+        let locks = lock_log::of(|| registry.visit(&mut Each(|| ())));
+        let mut times = BTreeMap::<usize, u32>::new();
+        locks.into_iter().for_each(|lock| *times.entry(lock).or_default() += 1);
+        assert!(times.values().all(|times| *times == 1), "{what}: {times:?}");
+        registry.visit(&mut Each(|| drop(uses_locks())));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn read_takes_each_lock_of_a_layer_once_and_visits_without_it() {
+        let second = Duration::from_secs(1);
+        let breaker = CircuitBreakerLayer::http().name("a");
+        let handle = breaker.handle();
+        check("breaker", &handle, || handle.snapshot());
+        let limit = ConcurrencyLimitLayer::adaptive(Knee::default()).queue(5, second).name("a");
+        let handle = limit.handle();
+        check("limit", &handle, || handle.snapshot());
+        let retry = RetryLayer::http().name("a");
+        let handle = retry.handle();
+        check("retry", &handle, || handle.snapshot());
+        let hedge = HedgeLayer::http(second).name("a");
+        let handle = hedge.handle();
+        check("hedge", &handle, || handle.snapshot());
+        let connect = ConnectLayer::new().name("a");
+        let handle = connect.handle();
+        check("connect", &handle, || handle.snapshot());
+        let probe: HealthProbeLayer<Get<Empty<Bytes>>> = HealthProbeLayer::get("/").name("a");
+        let handle = probe.handle();
+        check("probe", &handle, || handle.snapshot());
+        let health = Health::new();
+        let _checks = ["a", "b", "c"].map(|name| health.reporter(name).unwrap());
+        check("health", &health, || health.snapshot());
+        let lifecycle = Lifecycle::without_signals(&health).unwrap();
+        check("lifecycle", &lifecycle, || lifecycle.in_flight());
+        let keyed = CircuitBreakerLayer::new(Trip::consecutive(1)).name("a").keyed(|key: &u8| *key);
+        let handle = keyed.per_response().handle();
+        check("keyed breaker", &handle, || handle.snapshot());
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasher, Hash, Hasher, RandomState},
+    hash::{BuildHasherDefault, Hasher},
     ptr,
 };
 
@@ -13,8 +13,7 @@ use super::metric::Metric;
 #[derive(Debug)]
 pub(super) struct SeriesMap<T> {
     /// The series by the hash of metric, name and labels.
-    series: HashMap<u64, Vec<Series<T>>>,
-    hasher: RandomState,
+    series: HashMap<u64, Vec<Series<T>>, BuildHasherDefault<SameHash>>,
     pass: u64,
 }
 
@@ -30,7 +29,7 @@ struct Series<T> {
 
 impl<T> Default for SeriesMap<T> {
     fn default() -> Self {
-        Self { series: HashMap::new(), hasher: RandomState::new(), pass: 0 }
+        Self { series: HashMap::default(), pass: 0 }
     }
 }
 
@@ -47,11 +46,7 @@ impl<T> SeriesMap<T> {
         labels: &[(&'static str, &str)],
         new: impl FnOnce() -> T,
     ) -> &mut T {
-        let mut hasher = self.hasher.build_hasher();
-        ptr::from_ref(metric).hash(&mut hasher);
-        name.hash(&mut hasher);
-        labels.hash(&mut hasher);
-        let found = self.series.entry(hasher.finish()).or_default();
+        let found = self.series.entry(hash(metric, name, labels)).or_default();
         let at = found.iter().position(|series| series.is(metric, name, labels));
         let at = at.unwrap_or_else(|| {
             let labels = labels.iter().map(|(label, value)| (*label, Box::from(*value)));
@@ -70,6 +65,40 @@ impl<T> SeriesMap<T> {
             found.retain_mut(|series| series.pass == pass || keeps(&mut series.value));
             !found.is_empty()
         });
+    }
+}
+
+/// Returns the hash of a series. Names and labels do not come from requests, so a fast function suffices.
+fn hash(metric: &'static Metric, name: Option<&str>, labels: &[(&'static str, &str)]) -> u64 {
+    // The multiplier of FxHash. Its high bits, which the rotation moves down, depend on all bits of the input.
+    let mix =
+        |hash: u64, word: u64| (hash.rotate_left(26) ^ word).wrapping_mul(0xf135_7aea_2e62_a9c5);
+    let text = |hash, text: &str| {
+        let (words, rest) = text.as_bytes().split_at(text.len() / 8 * 8);
+        let words = words.chunks_exact(8).filter_map(|word| word.try_into().ok());
+        let hash = words.map(u64::from_le_bytes).fold(hash, mix);
+        mix(rest.iter().fold(hash, |hash, byte| mix(hash, (*byte).into())), text.len() as u64)
+    };
+    let hash = mix(0, ptr::from_ref(metric) as u64);
+    let labels = labels.iter().map(|(_, value)| *value);
+    name.into_iter().chain(labels).fold(hash, text).rotate_left(26)
+}
+
+/// Uses a hash as its own hash.
+#[derive(Default)]
+struct SameHash(u64);
+
+impl Hasher for SameHash {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        self.0 = bytes.iter().fold(self.0, |hash, byte| hash.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
     }
 }
 

@@ -1,11 +1,11 @@
 //! The text formats of Prometheus (version 0.0.4) and OpenMetrics (version 1.0.0).
 
-use std::{collections::BTreeMap, fmt::Write, time::UNIX_EPOCH};
+use std::{fmt::Write, time::UNIX_EPOCH};
 
 use super::{
     exemplar::Exemplar,
     metric::{HistogramSnapshot, Metric, MetricKind, Value},
-    metrics::METRICS,
+    metrics::{COUNT, METRICS},
     registry::{NamedVisit, Registry},
 };
 
@@ -55,16 +55,19 @@ impl Registry {
     }
 }
 
-/// Returns the page. The layers are read first, so that no lock of a layer is held while the text is written.
+/// Returns the page.
+///
+/// The lines of a metric follow each other on the page, while a visit proceeds from layer to layer. So the values are
+/// stored first, in a compact form: a page of 1,000 circuits has 57,000 lines and 5 MB, and each byte that is written
+/// twice costs page faults. A layer holds no lock while it visits its values.
 pub(super) fn render(registry: &Registry, format: Format) -> String {
     let mut samples = Samples::default();
     registry.visit(&mut samples);
-    let mut page = String::with_capacity(16 * 1024);
-    for metric in METRICS {
-        let Some(samples) = samples.0.get(metric.name) else { continue };
-        header(&mut page, metric, format);
-        for (labels, value) in samples {
-            sample(&mut page, metric, labels, value, format);
+    let mut page = String::with_capacity(samples.max_bytes + "# EOF\n".len());
+    for (metric, section) in METRICS.iter().zip(&samples.sections) {
+        if let Some(section) = section {
+            header(&mut page, metric, format);
+            section.write(&mut page, &samples.names, format);
         }
     }
     if format == Format::OpenMetrics {
@@ -73,9 +76,65 @@ pub(super) fn render(registry: &Registry, format: Format) -> String {
     page
 }
 
-/// The values by metric, each with its labels as text.
-#[derive(Default)]
-struct Samples(BTreeMap<&'static str, Vec<(String, Value)>>);
+/// The values of all metrics.
+struct Samples {
+    /// The sections of the page, in the order of [`METRICS`].
+    sections: [Option<Section>; COUNT],
+    /// The index of the last metric. The next one is usually the same or one of those after it.
+    last: usize,
+    /// The names of the layers, in the form `{name="search"`. The first one is empty.
+    names: Vec<String>,
+    /// The name of the last layer.
+    last_name: String,
+    /// An upper bound for the length of the page.
+    max_bytes: usize,
+}
+
+impl Default for Samples {
+    fn default() -> Self {
+        Self {
+            sections: [const { None }; COUNT],
+            last: 0,
+            names: vec![String::new()],
+            last_name: String::new(),
+            max_bytes: 0,
+        }
+    }
+}
+
+/// The samples of one metric.
+struct Section {
+    /// The name of the samples. That of a histogram lacks its suffix.
+    series: String,
+    /// Whether the labels have a closed set of values, so that layers share them.
+    is_closed: bool,
+    labels: Vec<Labels>,
+    /// The index of the labels that probably follow. Layers of a kind visit their labels in the same order.
+    next: usize,
+    /// The name, the labels and the value of each sample, in this order. A name is an index in `Samples::names`.
+    samples: Vec<(u32, u32, SampleValue)>,
+    histograms: Vec<HistogramSnapshot>,
+}
+
+/// The labels of a sample except the name.
+struct Labels {
+    is_named: bool,
+    values: Vec<(&'static str, Box<str>)>,
+    /// The text between the name and the closing brace.
+    text: String,
+}
+
+enum SampleValue {
+    Count(u64),
+    Number(f64),
+    /// An index in `Section::histograms`.
+    Histogram(usize),
+}
+
+/// The maximum length of a number and of the line end.
+const MAX_NUMBER_BYTES: usize = 32;
+/// The maximum length of the label `le`, and of an exemplar.
+const MAX_BUCKET_BYTES: usize = 256;
 
 impl NamedVisit for Samples {
     fn sample(
@@ -85,16 +144,173 @@ impl NamedVisit for Samples {
         labels: &[(&'static str, &str)],
         value: Value,
     ) {
-        let mut text = String::new();
-        for (label, value) in name.map(|name| ("name", name)).iter().chain(labels) {
-            if !text.is_empty() {
-                text.push(',');
+        let mut order = (self.last..COUNT).chain(0..self.last);
+        let Some(at) = order.find(|at| std::ptr::eq(METRICS[*at], metric)) else { return };
+        self.last = at;
+        let name = name.map_or(0, |name| self.name(name));
+        let section = self.sections[at].get_or_insert_with(|| {
+            self.max_bytes += 4 * (metric.help.len() + metric.name.len()) + 128;
+            Section::new(metric)
+        });
+        let labels = section.labels(name > 0, labels);
+        let bytes = section.series.len()
+            + self.names[name].len()
+            + section.labels[labels].text.len()
+            + MAX_NUMBER_BYTES;
+        let value = match value {
+            Value::Count(count) => SampleValue::Count(count),
+            Value::Number(number) => SampleValue::Number(number),
+            Value::Histogram(histogram) => {
+                self.max_bytes += (histogram.counts.len() + 1) * (bytes + MAX_BUCKET_BYTES);
+                section.histograms.push(histogram);
+                SampleValue::Histogram(section.histograms.len() - 1)
             }
-            let _ = write!(text, "{label}=\"");
+        };
+        self.max_bytes += bytes;
+        section.samples.push((index(name), index(labels), value));
+    }
+}
+
+/// A page has fewer than 4 billion names and label sets.
+fn index(index: usize) -> u32 {
+    u32::try_from(index).unwrap_or(u32::MAX)
+}
+
+impl Samples {
+    /// Returns the index of a name.
+    fn name(&mut self, name: &str) -> usize {
+        if self.names.len() == 1 || self.last_name != name {
+            name.clone_into(&mut self.last_name);
+            let mut text = String::from("{name=\"");
+            escape(&mut text, name, true);
+            text.push('"');
+            self.names.push(text);
+        }
+        self.names.len() - 1
+    }
+}
+
+impl Section {
+    fn new(metric: &Metric) -> Self {
+        Self {
+            series: metric.series(),
+            is_closed: !metric.labels.contains(&"check"),
+            labels: Vec::new(),
+            next: 0,
+            samples: Vec::new(),
+            histograms: Vec::new(),
+        }
+    }
+
+    /// Returns the index of these labels.
+    fn labels(&mut self, is_named: bool, labels: &[(&'static str, &str)]) -> usize {
+        let is = |known: &Labels| {
+            let values = known.values.iter().map(|(label, value)| (*label, &**value));
+            known.is_named == is_named && values.eq(labels.iter().copied())
+        };
+        let found = match self.labels.get(self.next) {
+            Some(next) if is(next) => Some(self.next),
+            _ if self.is_closed => self.labels.iter().position(is),
+            _ => None,
+        };
+        let found = found.unwrap_or_else(|| {
+            self.labels.push(Labels::new(is_named, labels));
+            self.labels.len() - 1
+        });
+        self.next = if found + 1 < self.labels.len() { found + 1 } else { 0 };
+        found
+    }
+
+    fn write(&self, page: &mut String, names: &[String], format: Format) {
+        for (name, labels, value) in &self.samples {
+            let (Some(name), Some(labels)) =
+                (names.get(*name as usize), self.labels.get(*labels as usize))
+            else {
+                continue;
+            };
+            let line = Line { series: &self.series, name, labels: &labels.text };
+            match value {
+                SampleValue::Count(count) => {
+                    line.begin(page, "", None);
+                    write_count(page, *count);
+                }
+                SampleValue::Number(number) => {
+                    line.begin(page, "", None);
+                    write_number(page, *number);
+                }
+                SampleValue::Histogram(nth) => {
+                    line.write_histogram(page, &self.histograms[*nth], format);
+                }
+            }
+            page.push('\n');
+        }
+    }
+}
+
+impl Labels {
+    fn new(is_named: bool, labels: &[(&'static str, &str)]) -> Self {
+        let mut text = String::new();
+        for (label, value) in labels {
+            text.push(if is_named || !text.is_empty() { ',' } else { '{' });
+            text.push_str(label);
+            text.push_str("=\"");
             escape(&mut text, value, true);
             text.push('"');
         }
-        self.0.entry(metric.name).or_default().push((text, value));
+        let values = labels.iter().map(|(label, value)| (*label, Box::from(*value))).collect();
+        Self { is_named, values, text }
+    }
+}
+
+/// The parts of a line before its value.
+struct Line<'a> {
+    series: &'a str,
+    name: &'a str,
+    labels: &'a str,
+}
+
+impl Line<'_> {
+    /// Writes a series and a space. `bound` is the upper bound of a bucket.
+    fn begin(&self, page: &mut String, suffix: &str, bound: Option<f64>) {
+        page.push_str(self.series);
+        page.push_str(suffix);
+        page.push_str(self.name);
+        page.push_str(self.labels);
+        let is_open = !(self.name.is_empty() && self.labels.is_empty());
+        if let Some(bound) = bound {
+            page.push_str(if is_open { ",le=\"" } else { "{le=\"" });
+            let _ = match bound {
+                f64::INFINITY => page.write_str("+Inf"),
+                // OpenMetrics requires a canonical number with a fraction.
+                bound if bound.fract() == 0.0 => write!(page, "{bound:.1}"),
+                bound => write!(page, "{bound}"),
+            };
+            page.push_str("\"} ");
+        } else {
+            page.push_str(if is_open { "} " } else { " " });
+        }
+    }
+
+    /// Writes the lines of a histogram, without the last line end.
+    fn write_histogram(&self, page: &mut String, histogram: &HistogramSnapshot, format: Format) {
+        let mut count = 0;
+        for (nth, of_bucket) in histogram.counts.iter().enumerate() {
+            count += of_bucket;
+            let bound = histogram.bounds.get(nth).copied().unwrap_or(f64::INFINITY);
+            self.begin(page, "_bucket", Some(bound));
+            write_count(page, count);
+            if let (Format::OpenMetrics, Some(Some(exemplar))) =
+                (format, histogram.exemplars.get(nth))
+            {
+                write_exemplar(page, exemplar);
+            }
+            page.push('\n');
+        }
+        self.begin(page, "_sum", None);
+        write_number(page, histogram.sum);
+        page.push('\n');
+        self.begin(page, "_count", None);
+        write_count(page, count);
     }
 }
 
@@ -117,78 +333,40 @@ fn header(page: &mut String, metric: &Metric, format: Format) {
     }
 }
 
-fn sample(page: &mut String, metric: &Metric, labels: &str, value: &Value, format: Format) {
-    match value {
-        Value::Count(count) => line(page, &metric.series(), labels, |page| write!(page, "{count}")),
-        Value::Number(number) => {
-            line(page, &metric.series(), labels, |page| write_number(page, *number))
-        }
-        Value::Histogram(histogram) => {
-            histogram_lines(page, &metric.family(), labels, histogram, format);
-        }
-    }
-}
-
-fn histogram_lines(
-    page: &mut String,
-    family: &str,
-    labels: &str,
-    histogram: &HistogramSnapshot,
-    format: Format,
-) {
-    let comma = if labels.is_empty() { "" } else { "," };
-    let mut count = 0;
-    for (nth, of_bucket) in histogram.counts.iter().enumerate() {
-        count += of_bucket;
-        let _ = write!(page, "{family}_bucket{{{labels}{comma}le=\"");
-        let _ = match histogram.bounds.get(nth) {
-            // OpenMetrics requires a canonical number with a fraction.
-            Some(bound) if bound.fract() == 0.0 => write!(page, "{bound:.1}"),
-            Some(bound) => write!(page, "{bound}"),
-            None => write!(page, "+Inf"),
-        };
-        let _ = write!(page, "\"}} {count}");
-        if let (Format::OpenMetrics, Some(Some(exemplar))) = (format, histogram.exemplars.get(nth))
-        {
-            write_exemplar(page, exemplar);
-        }
-        page.push('\n');
-    }
-    line(page, &format!("{family}_sum"), labels, |page| write_number(page, histogram.sum));
-    line(page, &format!("{family}_count"), labels, |page| write!(page, "{count}"));
-}
-
 fn write_exemplar(page: &mut String, exemplar: &Exemplar) {
     let at = exemplar.at.duration_since(UNIX_EPOCH).unwrap_or_default();
     page.push_str(" # {trace_id=\"");
     escape(page, exemplar.trace_id.as_str(), true);
     page.push_str("\"} ");
-    let _ = write_number(page, exemplar.value);
+    write_number(page, exemplar.value);
     let _ = write!(page, " {}.{:03}", at.as_secs(), at.subsec_millis());
 }
 
-fn line(
-    page: &mut String,
-    series: &str,
-    labels: &str,
-    value: impl FnOnce(&mut String) -> std::fmt::Result,
-) {
-    page.push_str(series);
-    if !labels.is_empty() {
-        let _ = write!(page, "{{{labels}}}");
+/// Writes a count. Most counts of a page are 0, which needs no formatter.
+fn write_count(page: &mut String, count: u64) {
+    match count {
+        0 => page.push('0'),
+        _ => {
+            let _ = write!(page, "{count}");
+        }
     }
-    page.push(' ');
-    let _ = value(page);
-    page.push('\n');
 }
 
 /// Writes a number. A value that is not finite does not occur in a layer; it would be written as 0.
-fn write_number(page: &mut String, number: f64) -> std::fmt::Result {
-    write!(page, "{}", if number.is_finite() { number } else { 0.0 })
+fn write_number(page: &mut String, number: f64) {
+    match number {
+        number if number.is_finite() && number != 0.0 => {
+            let _ = write!(page, "{number}");
+        }
+        _ => page.push('0'),
+    }
 }
 
 /// Writes text with the escapes of the formats. The help of the Prometheus format has no escaped quotes.
 fn escape(page: &mut String, text: &str, quotes: bool) {
+    if !text.bytes().any(|byte| matches!(byte, b'\\' | b'\n' | b'"')) {
+        return page.push_str(text);
+    }
     for char in text.chars() {
         match char {
             '\\' => page.push_str("\\\\"),
