@@ -94,6 +94,9 @@ pub(crate) trait Policy<Req>: Clone + Send + Sync + 'static {
     /// Returns the permit of an admitted call.
     fn permit(&self, pass: Self::Pass) -> Permit<Self::StateRef>;
 
+    /// Counts a call that is rejected because a setting of the layer cannot work.
+    fn count_misconfigured(&self) {}
+
     /// Returns whether a permit, whose inner call has not begun, is no longer valid.
     fn is_stale(&self, permit: &Permit<Self::StateRef>) -> bool {
         let _ = permit;

@@ -159,6 +159,7 @@ where
                 RequestTerms::<_, _, S::Response, S::Error>::new(&request, &self.protocol),
             ),
             Some(fault) => {
+                self.policy.count_misconfigured();
                 let name = self.policy.name();
                 Admit::Reject(Rejected::misconfigured(P::LAYER, name, fault.clone()))
             }

@@ -70,12 +70,13 @@ use crate::{
 const PROBING_RETRY_AFTER: Nanos = 1_000_000_000;
 
 /// The kinds of rejections by a circuit.
-pub(super) const REJECTIONS: [RejectedKind; 5] = [
+pub(super) const REJECTIONS: [RejectedKind; 6] = [
     RejectedKind::Open,
     RejectedKind::Probing,
     RejectedKind::Recovering,
     RejectedKind::ForcedOpen,
     RejectedKind::DeadlinePassed,
+    RejectedKind::Misconfigured,
 ];
 
 /// The state of a circuit breaker, or of one key of a keyed circuit breaker.
@@ -558,6 +559,12 @@ impl Circuit {
     #[cold]
     pub(super) fn reject_late(&self) -> Rejected {
         self.reject_as(RejectedKind::DeadlinePassed, None)
+    }
+
+    /// Counts a call that is rejected because a setting cannot work.
+    #[cold]
+    pub(super) fn count_misconfigured(&self) {
+        self.rejected[REJECTIONS.len() - 1].fetch_add(1, Ordering::Relaxed);
     }
 
     #[inline]

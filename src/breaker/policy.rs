@@ -119,6 +119,10 @@ impl<Req> Policy<Req> for Breaker {
         Permit::new(circuit, token)
     }
 
+    fn count_misconfigured(&self) {
+        Circuit::count_misconfigured(self);
+    }
+
     fn is_stale(&self, permit: &Permit<CircuitRef>) -> bool {
         is_stale(permit)
     }

@@ -178,6 +178,7 @@ impl ConnectLayer {
     pub(super) fn sound(&self) -> Result<(), Rejected> {
         match self.fault.label() {
             Some(fault) => {
+                self.shared.counts.misconfigured.fetch_add(1, Ordering::Relaxed);
                 let name = self.shared.name();
                 Err(Rejected::misconfigured(LayerKind::Connect, name, fault.clone()))
             }

@@ -51,7 +51,10 @@ impl Observed for ConnectState {
         ];
         to.counts(&CONNECTION_FAILURES, "reason", failures);
         to.count(&CONNECTION_REUSES, counts.reused.load(Relaxed));
-        let rejections = [(RejectedKind::Saturated.as_str(), counts.saturated.load(Relaxed))];
+        let rejections = [
+            (RejectedKind::Saturated.as_str(), counts.saturated.load(Relaxed)),
+            (RejectedKind::Misconfigured.as_str(), counts.misconfigured.load(Relaxed)),
+        ];
         to.counts_of(&REJECTIONS_METRIC, LAYER, "reason", rejections);
         let waiting = counts.waiting.load(Relaxed) as u64;
         to.counts(&QUEUE_DEPTH, "layer", [(LAYER, waiting)]);

@@ -114,6 +114,7 @@ pub(super) struct ConnectCounts {
     pub(super) stream_waits: AtomicU64,
     pub(super) waited: AtomicU64,
     pub(super) saturated: AtomicU64,
+    pub(super) misconfigured: AtomicU64,
     pub(super) wait_times: WaitTimes,
 }
 

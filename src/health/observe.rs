@@ -40,7 +40,10 @@ impl Observed for Gate {
             let Probing { passed, skipped, failed, .. } = *probing;
             (probing.threshold.state(), probing.last, passed, skipped, failed)
         });
-        let rejections = [(RejectedKind::Unhealthy.as_str(), self.rejected())];
+        let rejections = [
+            (RejectedKind::Unhealthy.as_str(), self.rejected()),
+            (RejectedKind::Misconfigured.as_str(), self.misconfigured()),
+        ];
         to.counts_of(&REJECTIONS_METRIC, LAYER, "reason", rejections);
         to.counts(&SHADOW_REJECTIONS, "layer", [(LAYER, self.shadowed())]);
         let states = PROBE_STATES.into_iter().map(ProbeState::as_str);

@@ -15,11 +15,12 @@ use crate::{
 const LAYER: &str = LayerKind::ConcurrencyLimit.as_str();
 
 /// The kinds of rejections by a limit.
-const REJECTIONS: [RejectedKind; 4] = [
+const REJECTIONS: [RejectedKind; 5] = [
     RejectedKind::Full,
     RejectedKind::WaitedTooLong,
     RejectedKind::DeadlinePassed,
     RejectedKind::Outranked,
+    RejectedKind::Misconfigured,
 ];
 
 impl Sealed for ConcurrencyLimitHandle {}

@@ -32,6 +32,10 @@ impl<Req> Policy<Req> for SharedLimiter {
         Limiter::name(self)
     }
 
+    fn count_misconfigured(&self) {
+        Limiter::count_misconfigured(self);
+    }
+
     #[inline]
     fn peek(&self) -> bool {
         self.has_room()
@@ -76,6 +80,10 @@ impl<Req, K: ClassifyCall<Req>> Policy<Req> for PartitionedPolicy<K> {
 
     fn name(&self) -> &str {
         Limiter::name(&self.limiter)
+    }
+
+    fn count_misconfigured(&self) {
+        Limiter::count_misconfigured(&self.limiter);
     }
 
     fn peek(&self) -> bool {

@@ -24,8 +24,11 @@ impl Observed for TimeoutState {
     fn observe(&self, to: &mut dyn Visit) {
         let layer = self.by.as_str();
         let (rejected, timed_out) = self.counts();
-        let reason = RejectedKind::DeadlinePassed.as_str();
-        to.counts_of(&REJECTIONS_METRIC, layer, "reason", [(reason, rejected)]);
+        let rejections = [
+            (RejectedKind::DeadlinePassed.as_str(), rejected),
+            (RejectedKind::Misconfigured.as_str(), self.misconfigured()),
+        ];
+        to.counts_of(&REJECTIONS_METRIC, layer, "reason", rejections);
         // A deadline layer has no other timeouts.
         let has = |phase| match self.by {
             LayerKind::Deadline => matches!(phase, TimeoutPhase::Deadline | TimeoutPhase::Unread),

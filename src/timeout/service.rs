@@ -126,6 +126,7 @@ impl<S, M, R> Timeout<S, M, R> {
         let (times, body_rate) = timeouts.into_parts();
         let mut timers = CallTimers::new(times, self.by, self.reject.form(&request), self.slot);
         if let Some(fault) = fault {
+            self.state.count_misconfigured();
             let rejected = Rejected::misconfigured(self.by, self.state.name_or_empty(), fault);
             let rejected = self.reject.discard(request, rejected);
             return self.rejected(timers, rejected);

@@ -268,6 +268,7 @@ pub(super) struct TimeoutState {
     body_rate: SharedBodyRate,
     timed_out: [AtomicU64; 10],
     rejected: AtomicU64,
+    misconfigured: AtomicU64,
     /// The layer that rejections and metrics name.
     #[cfg_attr(not(feature = "observe"), allow(dead_code))] // Used by metrics only.
     pub(super) by: LayerKind,
@@ -300,6 +301,7 @@ impl TimeoutState {
             body_rate: SharedBodyRate::new(timeouts.body_rate),
             timed_out: Default::default(),
             rejected: AtomicU64::new(0),
+            misconfigured: AtomicU64::new(0),
             by,
             call_faults: OnceLock::new(),
             label,
@@ -350,6 +352,17 @@ impl TimeoutState {
     /// that timed out in each phase, in the order of [`TimeoutPhase::ALL`].
     pub(super) fn counts(&self) -> (u64, [u64; TimeoutPhase::ALL.len()]) {
         (self.rejected.load(Relaxed), self.timed_out.each_ref().map(|count| count.load(Relaxed)))
+    }
+
+    /// Counts a call that is rejected because a setting of the layer or of the call cannot work.
+    #[cold]
+    pub(super) fn count_misconfigured(&self) {
+        self.misconfigured.fetch_add(1, Relaxed);
+    }
+
+    #[cfg(feature = "observe")]
+    pub(super) fn misconfigured(&self) -> u64 {
+        self.misconfigured.load(Relaxed)
     }
 
     pub(super) fn name(&self, name: &str) {

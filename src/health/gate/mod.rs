@@ -76,6 +76,7 @@ pub(crate) struct Gate {
     /// The time at which the next result is expected, for `retry_after`. Only advisory, so its accesses are relaxed.
     next_result: AtomicU64,
     rejected: AtomicU64,
+    misconfigured: AtomicU64,
     shadowed: AtomicU64,
     /// With `PASSIVE`: the number of calls that succeeded since the previous probe.
     succeeded: AtomicU64,
@@ -168,6 +169,7 @@ impl Gate {
             word: AtomicU8::new(0),
             next_result: AtomicU64::new(0),
             rejected: AtomicU64::new(0),
+            misconfigured: AtomicU64::new(0),
             shadowed: AtomicU64::new(0),
             succeeded: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -368,6 +370,12 @@ impl Gate {
 
     pub(super) fn changed(&self) -> &Notify {
         &self.changed
+    }
+
+    /// Returns the number of calls that were rejected because a setting cannot work.
+    #[cfg(feature = "observe")]
+    pub(super) fn misconfigured(&self) -> u64 {
+        self.misconfigured.load(Ordering::Relaxed)
     }
 
     pub(super) fn rejected(&self) -> u64 {

@@ -79,6 +79,10 @@ impl<Req> Policy<Req> for Arc<Gate> {
         state_of(word) != ProbeState::Down || self.admits_while_down(word)
     }
 
+    fn count_misconfigured(&self) {
+        self.misconfigured.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn uses_backpressure(&self) -> bool {
         self.word.load(Ordering::Relaxed) & BACKPRESSURE != 0
     }

@@ -165,6 +165,7 @@ struct LimitCounters {
     waited_too_long: AtomicU64,
     deadline_passed: AtomicU64,
     outranked: AtomicU64,
+    misconfigured: AtomicU64,
     shadowed: AtomicU64,
     exempt: AtomicU64,
     exempt_in_flight: AtomicU32,
@@ -488,8 +489,15 @@ impl Limiter {
             RejectedKind::WaitedTooLong => &self.counters.waited_too_long,
             RejectedKind::DeadlinePassed => &self.counters.deadline_passed,
             RejectedKind::Outranked => &self.counters.outranked,
+            RejectedKind::Misconfigured => &self.counters.misconfigured,
             _ => &self.counters.full,
         }
+    }
+
+    /// Counts a call that is rejected because a setting of the layer cannot work.
+    #[cold]
+    pub(super) fn count_misconfigured(&self) {
+        self.counters.misconfigured.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Returns a rejection with the hint of the limit.

@@ -32,7 +32,7 @@ async fn unused_circuit_has_every_state_and_is_closed() {
     assert_eq!(page.sum("buttress_breaker_state"), 1.0);
     assert_eq!(page.family("buttress_breaker_trips_total").len(), 7);
     assert_eq!(page.family("buttress_breaker_transitions_total").len(), 5);
-    assert_eq!(page.family("buttress_rejections_total").len(), 5);
+    assert_eq!(page.family("buttress_rejections_total").len(), 6);
     assert_eq!(page.sum("buttress_rejections_total"), 0.0);
     assert_eq!(page.get(r#"buttress_breaker_open_remaining_seconds{name="search"}"#), 0.0);
     assert_eq!(page.sum("buttress_build_info"), 1.0);

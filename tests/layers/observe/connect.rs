@@ -47,7 +47,7 @@ async fn unused_layer_exports_all_labels_with_0() {
             &["age", "closed", "idle", "make_way", "requested"],
         ),
         ("buttress_connection_failures_total", "reason", &["error", "timeout"]),
-        ("buttress_rejections_total", "reason", &["connections_saturated"]),
+        ("buttress_rejections_total", "reason", &["connections_saturated", "misconfigured"]),
         (
             "buttress_queue_wait_duration_seconds_count",
             "result",

@@ -59,7 +59,7 @@ async fn unused_limit_has_every_reason_and_result() {
     let page = Page::of(&registry);
     assert_eq!(
         page.labels("buttress_rejections_total", "reason"),
-        ["deadline_passed", "limit_reached", "outranked", "queue_timeout"]
+        ["deadline_passed", "limit_reached", "misconfigured", "outranked", "queue_timeout"]
     );
     assert_eq!(
         page.labels("buttress_concurrency_changes_total", "reason"),

@@ -106,7 +106,7 @@ async fn dropped_layers_disappear() {
         (TimeoutLayer::http().name("search"), DeadlineLayer::new().name("search"));
     registry.watch(&timeout.handle()).unwrap();
     registry.watch(&deadline.handle()).unwrap();
-    assert_eq!(Page::of(&registry).family("buttress_rejections_total").len(), 2);
+    assert_eq!(Page::of(&registry).family("buttress_rejections_total").len(), 4);
     drop((timeout, deadline));
     assert!(!Page::of(&registry).contains("search"));
 }
