@@ -220,7 +220,7 @@ mod tests {
     use super::*;
     use crate::{
         observe::{
-            Observe, Observed, Part, Visit,
+            Condition, Observe, Observed, Part, Severity, Visit,
             metrics::{CONCURRENCY_EXEMPT, CONCURRENCY_LIMIT},
         },
         sealed::Sealed,
@@ -234,6 +234,10 @@ mod tests {
             let reads = self.fetch_add(1, Relaxed) + 1;
             to.count(&CONCURRENCY_LIMIT, reads);
             to.count(&CONCURRENCY_EXEMPT, reads);
+        }
+
+        fn condition(&self) -> Condition {
+            Condition::new(Severity::Healthy, "", "")
         }
     }
 
@@ -254,13 +258,14 @@ mod tests {
         let (registry, layer) = (Registry::new(), Counted(Arc::default()));
         registry.watch(&layer).unwrap();
         registry.meter_into(&provider.meter("buttress"));
-        for reads in 1..4 {
+        let before = layer.0.load(Relaxed);
+        for reads in before + 1..before + 4 {
             let families = prometheus.gather();
             assert_eq!(layer.0.load(Relaxed), reads);
             let value = |name: &str| {
                 let family = families.iter().find(|family| family.name() == name).unwrap();
                 let metric = &family.get_metric()[0];
-                metric.get_gauge().value() + metric.get_counter().value()
+                metric.get_gauge().get_value() + metric.get_counter().get_value()
             };
             assert_eq!(value("buttress_concurrency_limit"), reads as f64);
             assert_eq!(value("buttress_concurrency_exempt_total"), reads as f64);

@@ -194,7 +194,7 @@ impl Section {
     fn new(metric: &Metric) -> Self {
         Self {
             series: metric.series(),
-            is_closed: !metric.labels.contains(&"check"),
+            is_closed: !metric.labels.iter().any(|label| matches!(*label, "check" | "key")),
             labels: Vec::new(),
             next: 0,
             samples: Vec::new(),
