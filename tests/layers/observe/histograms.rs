@@ -98,17 +98,14 @@ async fn exemplar_of_a_queue_wait_has_the_trace_of_the_call_that_waited() {
     registry.watch(&layer.handle()).unwrap();
     let (inner, watch) = Strict::holding();
     let service = layer.layer(inner);
-    let call = |id: &str| {
-        let call = tokio::spawn(traced(id, service.clone().oneshot(request())));
-        async move {
-            settle().await;
-            call
-        }
-    };
-    let first = call("first").await;
-    let second = call("second").await;
+    let call = |id: &str| tokio::spawn(traced(id, service.clone().oneshot(request())));
+    let first = call("first");
+    settle().await;
+    let second = call("second");
+    settle().await;
     advance(ms(300)).await;
-    let third = call("third").await;
+    let third = call("third");
+    settle().await;
     // The first call ends in the task of this test, and passes its permit to the second.
     assert!(watch.end(0, Ok(hello())));
     drop(first.await.unwrap().unwrap());
