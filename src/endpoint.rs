@@ -1,6 +1,6 @@
 //! Endpoints of the process itself: a layer that serves them in front of a service, and a service of their own.
 //!
-//! The layers and services of the health endpoints and of the metrics are made of these types.
+//! The layers and services of the health endpoints, of the metrics and of the live page are made of these types.
 
 use std::{
     convert::Infallible,
@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_layer::Layer;
@@ -20,34 +20,39 @@ use tower_service::Service;
 use crate::{
     admission::Reusable,
     drain::drain_request,
-    permit::{FromBytes, TrackedBody},
+    permit::{DataStream, FromBytes, TrackedBody},
     sealed::Sealed,
 };
 
-/// The endpoints that an [`EndpointLayer`] or an [`EndpointService`] serves. They accept `GET` and `HEAD`.
+/// The endpoints that an [`EndpointLayer`] or an [`EndpointService`] serves.
 ///
 /// The trait is sealed: it cannot be implemented outside of this crate.
 pub trait Serve: Sealed + Clone + Send + Sync + 'static {
     /// Returns whether the path is one of the endpoints.
     fn serves(&self, path: &str) -> bool;
 
-    /// Returns the response for a path that is one of the endpoints.
-    fn respond(&self, uri: &Uri, headers: &HeaderMap) -> Response<Bytes>;
-}
+    /// Returns whether the endpoints respond to requests of this method: by default to `GET` and `HEAD`.
+    fn accepts(&self, method: &Method) -> bool {
+        method == Method::GET || method == Method::HEAD
+    }
 
-fn is_get_or_head(method: &Method) -> bool {
-    method == Method::GET || method == Method::HEAD
+    /// Returns the response to a request whose path is one of the endpoints, and whose method is accepted.
+    fn respond(&self, request: &Parts) -> Response<EndpointBody>;
 }
 
 /// Returns a response with a text.
-pub(crate) fn plain(status: StatusCode, body: impl Into<Bytes>) -> Response<Bytes> {
+pub(crate) fn plain(status: StatusCode, body: impl Into<Bytes>) -> Response<EndpointBody> {
     typed("text/plain; charset=utf-8", status, body.into())
 }
 
 /// Returns a response with a body of this content type, which no cache stores.
-pub(crate) fn typed(content: &'static str, status: StatusCode, body: Bytes) -> Response<Bytes> {
+pub(crate) fn typed(
+    content: &'static str,
+    status: StatusCode,
+    body: Bytes,
+) -> Response<EndpointBody> {
     let length = HeaderValue::from(body.len());
-    let mut response = Response::new(body);
+    let mut response = Response::new(EndpointBody::from(body));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
@@ -58,16 +63,26 @@ pub(crate) fn typed(content: &'static str, status: StatusCode, body: Bytes) -> R
 }
 
 /// Responds to a request for one of the endpoints. A response to `HEAD` has the headers of `GET` and no body.
-fn respond<E: Serve, B: 'static>(endpoints: &E, request: Request<B>) -> Response<Bytes> {
-    let response = endpoints.respond(request.uri(), request.headers());
+fn respond<E: Serve, B: 'static>(endpoints: &E, request: Request<B>) -> Response<EndpointBody> {
+    let (parts, body) = request.into_parts();
+    let response = endpoints.respond(&parts);
+    finish(response, Request::from_parts(parts, body))
+}
+
+/// Drains the request, and removes the body of a response to `HEAD`.
+fn finish<B: 'static>(
+    response: Response<EndpointBody>,
+    request: Request<B>,
+) -> Response<EndpointBody> {
     let is_head = request.method() == Method::HEAD;
     drain_request(request);
-    if is_head { response.map(|_| Bytes::new()) } else { response }
+    if is_head { response.map(|_| EndpointBody::from(Bytes::new())) } else { response }
 }
 
 // ===== In front of a server =====
 
-/// Serves `GET` and `HEAD` of endpoints in front of a service. Other requests pass through.
+/// Serves endpoints in front of a service. Other requests pass through, and so do requests of a method that the endpoints
+/// do not accept.
 ///
 /// A request for an endpoint does not touch the wrapped service, so a server that is saturated, or whose `poll_ready`
 /// hangs, still responds to it.
@@ -150,7 +165,7 @@ where
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
         let was_ready = std::mem::take(&mut self.ready);
         let is_mine = self.endpoints.serves(request.uri().path());
-        let state = match is_mine && is_get_or_head(request.method()) {
+        let state = match is_mine && self.endpoints.accepts(request.method()) {
             true => {
                 if was_ready {
                     // The reservation of this instance is not needed. A fresh clone releases it.
@@ -183,7 +198,7 @@ pin_project! {
     enum EndpointState<S, Req, F> {
         Called { #[pin] future: F },
         Parked { parked: Option<Box<(S, Req)>> },
-        Respond { response: Option<Box<Response<Bytes>>> },
+        Respond { response: Option<Box<Response<EndpointBody>>> },
     }
 }
 
@@ -215,7 +230,7 @@ where
                     let Some(response) = response.take() else {
                         unreachable!("polled after completion")
                     };
-                    return Poll::Ready(Ok(response.map(TrackedBody::from_bytes)));
+                    return Poll::Ready(Ok(response.map(EndpointBody::into_tracked)));
                 }
             };
             this.state.set(next);
@@ -241,7 +256,7 @@ impl<S, Req, F> fmt::Debug for EndpointFuture<S, Req, F> {
 
 // ===== On a separate port =====
 
-/// Serves endpoints. Responds with 404 to other paths, and with 405 to methods other than `GET` and `HEAD`.
+/// Serves endpoints. Responds with 404 to other paths, and with 405 to methods that the endpoints do not accept.
 #[derive(Clone, Debug)]
 pub struct EndpointService<E> {
     pub(crate) endpoints: E,
@@ -257,25 +272,60 @@ impl<E: Serve, ReqB: 'static> Service<Request<ReqB>> for EndpointService<E> {
     }
 
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
-        let response = if !self.endpoints.serves(request.uri().path()) {
-            plain(StatusCode::NOT_FOUND, "not found\n")
-        } else if is_get_or_head(request.method()) {
-            return ready(Ok(respond(&self.endpoints, request).map(EndpointBody)));
+        ready(Ok(if !self.endpoints.serves(request.uri().path()) {
+            finish(plain(StatusCode::NOT_FOUND, "not found\n"), request)
+        } else if self.endpoints.accepts(request.method()) {
+            respond(&self.endpoints, request)
         } else {
-            let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
-            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
-            response
-        };
-        let is_head = request.method() == Method::HEAD;
-        drain_request(request);
-        let response = if is_head { response.map(|_| Bytes::new()) } else { response };
-        ready(Ok(response.map(EndpointBody)))
+            finish(not_allowed("GET, HEAD"), request)
+        }))
     }
 }
 
-/// The body of an [`EndpointService`]'s response. It consists of no frame or one frame.
-#[derive(Debug)]
-pub struct EndpointBody(Bytes);
+/// Returns the response to a method that an endpoint does not accept.
+pub(crate) fn not_allowed(allowed: &'static str) -> Response<EndpointBody> {
+    let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
+    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allowed));
+    response
+}
+
+/// The body of an endpoint's response: at most one frame, or a stream of events.
+pub struct EndpointBody(EndpointData);
+
+enum EndpointData {
+    Bytes(Bytes),
+    Stream(Option<Box<dyn DataStream>>),
+}
+
+impl EndpointBody {
+    #[cfg_attr(not(feature = "dashboard"), allow(dead_code))]
+    pub(crate) fn stream(stream: Box<dyn DataStream>) -> Self {
+        Self(EndpointData::Stream(Some(stream)))
+    }
+
+    /// Returns the data of a body that is no stream.
+    #[cfg(test)]
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match &self.0 {
+            EndpointData::Bytes(data) => data,
+            EndpointData::Stream(_) => &[],
+        }
+    }
+
+    fn into_tracked<B: Body<Data: From<Bytes>>>(self) -> TrackedBody<B> {
+        match self.0 {
+            EndpointData::Bytes(data) => TrackedBody::from_bytes(data),
+            EndpointData::Stream(Some(stream)) => TrackedBody::from_stream(stream),
+            EndpointData::Stream(None) => TrackedBody::default(),
+        }
+    }
+}
+
+impl From<Bytes> for EndpointBody {
+    fn from(data: Bytes) -> Self {
+        Self(EndpointData::Bytes(data))
+    }
+}
 
 impl Body for EndpointBody {
     type Data = Bytes;
@@ -283,17 +333,48 @@ impl Body for EndpointBody {
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
+        cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let data = std::mem::take(&mut self.0);
-        Poll::Ready((!data.is_empty()).then(|| Ok(Frame::data(data))))
+        let data = match &mut self.0 {
+            EndpointData::Bytes(data) => {
+                let data = std::mem::take(data);
+                (!data.is_empty()).then_some(data)
+            }
+            EndpointData::Stream(stream) => {
+                let data = match stream {
+                    Some(stream) => done!(stream.poll_data(cx)),
+                    None => None,
+                };
+                if data.is_none() {
+                    *stream = None;
+                }
+                data
+            }
+        };
+        Poll::Ready(data.map(|data| Ok(Frame::data(data))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.is_empty()
+        match &self.0 {
+            EndpointData::Bytes(data) => data.is_empty(),
+            EndpointData::Stream(stream) => stream.is_none(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.0.len() as u64)
+        match &self.0 {
+            EndpointData::Bytes(data) => SizeHint::with_exact(data.len() as u64),
+            EndpointData::Stream(Some(_)) => SizeHint::default(),
+            EndpointData::Stream(None) => SizeHint::with_exact(0),
+        }
+    }
+}
+
+impl fmt::Debug for EndpointBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            EndpointData::Bytes(data) => f.debug_tuple("EndpointBody").field(data).finish(),
+            EndpointData::Stream(_) => f.write_str("EndpointBody(stream)"),
+        }
     }
 }

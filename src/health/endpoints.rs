@@ -1,12 +1,11 @@
-use bytes::Bytes;
-use http::{HeaderMap, Response, Uri};
+use http::{Response, request::Parts};
 
 use super::{
     registry::Health,
     responder::{HealthRoute, HealthRoutes},
 };
 use crate::{
-    endpoint::{Endpoint, EndpointLayer, EndpointService, Serve},
+    endpoint::{Endpoint, EndpointBody, EndpointLayer, EndpointService, Serve},
     sealed::Sealed,
 };
 
@@ -64,9 +63,10 @@ impl Serve for HealthRoutes {
         HealthRoute::of(path).is_some()
     }
 
-    fn respond(&self, uri: &Uri, headers: &HeaderMap) -> Response<Bytes> {
+    fn respond(&self, request: &Parts) -> Response<EndpointBody> {
+        let uri = &request.uri;
         match HealthRoute::of(uri.path()) {
-            Some(route) => self.respond_to(route, uri.query(), headers),
+            Some(route) => self.respond_to(route, uri.query(), &request.headers),
             None => crate::endpoint::plain(http::StatusCode::NOT_FOUND, "not found\n"),
         }
     }

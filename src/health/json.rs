@@ -1,13 +1,15 @@
 //! `application/health+json` (draft-inadarei-api-health-check-06). Reasons, times and durations are included only
 //! `with_reasons`.
 
-use crate::{endpoint::typed, json::JsonText};
+use crate::{
+    endpoint::{EndpointBody, typed},
+    json::JsonText,
+};
 use std::{
     fmt::Write,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use bytes::Bytes;
 use http::Response;
 
 use super::{
@@ -19,7 +21,7 @@ pub(super) fn json_response(
     all: HealthStatus,
     checks: &[CheckSnapshot],
     with_reasons: bool,
-) -> Response<Bytes> {
+) -> Response<EndpointBody> {
     let now = SystemTime::now();
     let mut body = format!(r#"{{"status":"{all}""#);
     for (n, check) in checks.iter().enumerate() {
@@ -130,7 +132,7 @@ mod tests {
                 took,
             };
             let response = json_response(HealthStatus::Fail, &[check], true);
-            let json: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
+            let json: serde_json::Value = serde_json::from_slice(response.body().bytes()).unwrap();
             let output = json["checks"]["db"][0]["output"].as_str().unwrap();
             let expected: String =
                 reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();

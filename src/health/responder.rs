@@ -2,7 +2,6 @@
 
 use std::slice;
 
-use bytes::Bytes;
 use http::{HeaderMap, Response, StatusCode};
 
 use super::{
@@ -11,7 +10,10 @@ use super::{
     registry::{Health, is_name},
     response::{status, with_status},
 };
-use crate::{endpoint::plain, respond::accepts};
+use crate::{
+    endpoint::{EndpointBody, plain},
+    respond::accepts,
+};
 
 /// Maximum number of parameters of a query. Later parameters are ignored.
 const MAX_PARAMETERS: usize = 64;
@@ -100,7 +102,7 @@ impl HealthRoutes {
         route: HealthRoute<'_>,
         query: Option<&str>,
         headers: &HeaderMap,
-    ) -> Response<Bytes> {
+    ) -> Response<EndpointBody> {
         let query = Query::of(query.unwrap_or_default());
         let wants_json = accepts(headers, &["application/health+json", "application/json"]);
         let format =
@@ -148,7 +150,7 @@ impl HealthRoutes {
         }
     }
 
-    fn live(&self, format: HealthFormat, query: &Query<'_>) -> Response<Bytes> {
+    fn live(&self, format: HealthFormat, query: &Query<'_>) -> Response<EndpointBody> {
         match format {
             HealthFormat::Json => json_response(HealthStatus::Pass, &[], false),
             HealthFormat::Plain if query.verbose => {
@@ -163,7 +165,7 @@ impl HealthRoutes {
         format: HealthFormat,
         query: &Query<'_>,
         check: &CheckSnapshot,
-    ) -> Response<Bytes> {
+    ) -> Response<EndpointBody> {
         let passed = check.state == CheckState::Pass;
         match format {
             HealthFormat::Json => {
@@ -216,7 +218,7 @@ mod tests {
         let responder = HealthRoutes::new(health.clone());
         let route = HealthRoute::of(path).unwrap();
         let response = responder.respond_to(route, Some(query), &HeaderMap::new());
-        let body = String::from_utf8(response.body().to_vec()).unwrap();
+        let body = String::from_utf8(response.body().bytes().to_vec()).unwrap();
         (response.status().as_u16(), body)
     }
 
@@ -297,7 +299,7 @@ mod tests {
             }
             if let Some(route) = HealthRoute::of(&path) {
                 let response = responder.respond_to(route, Some(&query), &headers);
-                prop_assert!(response.body().len() < 200);
+                prop_assert!(response.body().bytes().len() < 200);
             }
         }
     }

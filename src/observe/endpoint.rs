@@ -1,12 +1,11 @@
-use bytes::Bytes;
-use http::{HeaderMap, Response, StatusCode, Uri, header};
+use http::{Response, StatusCode, header, request::Parts};
 
 use super::{
     registry::Registry,
     text::{self, Format},
 };
 use crate::{
-    endpoint::{Endpoint, EndpointLayer, EndpointService, Serve, typed},
+    endpoint::{Endpoint, EndpointBody, EndpointLayer, EndpointService, Serve, typed},
     sealed::Sealed,
 };
 
@@ -44,8 +43,8 @@ impl Serve for Registry {
         path == "/metrics"
     }
 
-    fn respond(&self, _: &Uri, headers: &HeaderMap) -> Response<Bytes> {
-        let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
+    fn respond(&self, request: &Parts) -> Response<EndpointBody> {
+        let accept = request.headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
         let format = Format::accepted(accept.unwrap_or_default());
         typed(format.content_type(), StatusCode::OK, text::render(self, format).into())
     }

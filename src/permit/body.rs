@@ -3,7 +3,7 @@
 use std::{
     fmt,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::{Buf, Bytes};
@@ -17,7 +17,7 @@ use crate::outcome::{Eos, Outcome};
 // ===== The body of the inner service, or of a layer =====
 
 pin_project! {
-    /// The body of the inner service, or the small body of a response that a layer made itself.
+    /// The body of the inner service, or the body of a response that a layer made itself.
     ///
     /// The second variant needs no conversion into the body type of the inner service, so that type needs no further
     /// bounds.
@@ -25,14 +25,14 @@ pin_project! {
     pub(crate) enum EitherBody<B: Body> {
         Theirs { #[pin] body: B },
         // Boxed, so that it does not enlarge the responses of the inner service.
-        Own { data: Option<Box<B::Data>> },
+        Own { own: Option<Box<OwnBody<B::Data>>> },
     }
 }
 
 impl<B: Body> EitherBody<B> {
     /// Returns an empty body that has ended.
     pub(crate) const fn ended() -> Self {
-        Self::Own { data: None }
+        Self::Own { own: None }
     }
 
     /// Returns the body of a response that a layer made itself.
@@ -40,7 +40,15 @@ impl<B: Body> EitherBody<B> {
     where
         B::Data: From<Bytes>,
     {
-        Self::Own { data: (!data.is_empty()).then(|| Box::new(B::Data::from(data))) }
+        Self::Own { own: (!data.is_empty()).then(|| Box::new(OwnBody::Data(B::Data::from(data)))) }
+    }
+
+    /// Returns the body of a response whose data a layer makes while the body is read.
+    pub(crate) fn stream(stream: Box<dyn DataStream>) -> Self
+    where
+        B::Data: From<Bytes>,
+    {
+        Self::Own { own: Some(Box::new(OwnBody::Stream { stream, into: B::Data::from })) }
     }
 }
 
@@ -55,8 +63,8 @@ impl<B: Body> Body for EitherBody<B> {
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         match self.project() {
             EitherBodyProj::Theirs { body } => body.poll_frame(cx),
-            EitherBodyProj::Own { data } => {
-                Poll::Ready(data.take().map(|data| Ok(Frame::data(*data))))
+            EitherBodyProj::Own { own } => {
+                OwnBody::poll_data(own, cx).map(|data| data.map(|data| Ok(Frame::data(data))))
             }
         }
     }
@@ -65,7 +73,7 @@ impl<B: Body> Body for EitherBody<B> {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Theirs { body } => body.is_end_stream(),
-            Self::Own { data } => data.is_none(),
+            Self::Own { own } => own.is_none(),
         }
     }
 
@@ -73,11 +81,42 @@ impl<B: Body> Body for EitherBody<B> {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Theirs { body } => body.size_hint(),
-            Self::Own { data } => {
-                SizeHint::with_exact(data.as_ref().map_or(0, |data| data.remaining() as u64))
-            }
+            Self::Own { own } => match own.as_deref() {
+                None => SizeHint::with_exact(0),
+                Some(OwnBody::Data(data)) => SizeHint::with_exact(data.remaining() as u64),
+                Some(OwnBody::Stream { .. }) => SizeHint::default(),
+            },
         }
     }
+}
+
+/// The data of a response that a layer made itself.
+pub(crate) enum OwnBody<D> {
+    Data(D),
+    // The conversion is a function pointer, because the type of the data is not `'static`.
+    Stream { stream: Box<dyn DataStream>, into: fn(Bytes) -> D },
+}
+
+impl<D> OwnBody<D> {
+    #[inline(never)]
+    fn poll_data(own: &mut Option<Box<Self>>, cx: &mut Context<'_>) -> Poll<Option<D>> {
+        if let Some(Self::Stream { stream, into }) = own.as_deref_mut() {
+            match ready!(stream.poll_data(cx)) {
+                Some(data) => return Poll::Ready(Some(into(data))),
+                None => *own = None,
+            }
+        }
+        Poll::Ready(match own.take().map(|own| *own) {
+            Some(Self::Data(data)) => Some(data),
+            _ => None,
+        })
+    }
+}
+
+/// Data that a layer makes while its response is read.
+pub(crate) trait DataStream: Send + Sync {
+    /// Returns the next data, or `None` at the end. It is not called after the end.
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>>;
 }
 
 /// A response body that can contain data of a layer: a [`TrackedBody`] or a `TimedBody`.
@@ -125,6 +164,14 @@ impl<B: Body> TrackedBody<B> {
     #[inline]
     pub(crate) fn untracked(body: B) -> Self {
         Self::released(EitherBody::Theirs { body })
+    }
+
+    /// Returns a body whose data a layer makes while it is read. It holds no permit.
+    pub(crate) fn from_stream(stream: Box<dyn DataStream>) -> Self
+    where
+        B::Data: From<Bytes>,
+    {
+        Self::released(EitherBody::stream(stream))
     }
 
     #[inline]

@@ -60,7 +60,7 @@ mod state_ref;
 pub(crate) mod unread;
 
 pub(crate) use self::{
-    body::EitherBody,
+    body::{DataStream, EitherBody},
     sharded::{ShardedArc, ShardedRef},
     slot::{FreeSlots, OwnedSlot, Slot, SlotOwner, SlotRef},
     state_ref::ShardOrSlot,
