@@ -108,6 +108,7 @@
 //! | the log (`buttress=debug`, or one of the targets below) | an event for each decision, with `resilience.name`, `layer` and `reason`; DEBUG for calls, INFO and WARN for state changes, ERROR for invalid settings. `docs/events.md` of the repository lists them all |
 //! | a trace | a span `attempt` for each attempt of a retry or a hedge, with its outcome; [`AttemptHeadersLayer`] propagates it |
 //! | `/metrics` (feature `observe`) | the counts since the start and the current state of every layer that a [`Registry`](observe::Registry) watches |
+//! | the live page (feature `dashboard`) | the state of every layer with its reason, five minutes of history, and the last decisions: see [`dashboard`](observe::dashboard) |
 //! | a handle's `snapshot()` | the same of one layer, for code |
 //!
 //! The targets of the events are `buttress::breaker`, `buttress::retry`, `buttress::hedge`, `buttress::limit`,
@@ -240,6 +241,7 @@
 //! | `observe` | | a [registry](observe) of layers, which serves their metrics in the text formats of Prometheus and OpenMetrics |
 //! | `metrics` | | publishes these metrics through the `metrics` facade |
 //! | `opentelemetry_0_33` | | exports these metrics as [instruments of a meter](observe::Registry::meter_into) of `opentelemetry` 0.33 |
+//! | `dashboard` | | a [live page](observe::dashboard) with the state of all layers of a registry, which the application mounts |
 //! | `tower` | | [`ServiceBuilderExt`]: `.retries(…)`, `.circuit_breaker(…)` and the other layers as methods of tower's `ServiceBuilder` |
 //! | `tower-http` | | classification by a classifier of `tower_http::classify` |
 //! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; a rejection has a `tonic::Status` as its source; `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |

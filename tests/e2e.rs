@@ -7,6 +7,7 @@ mod e2e {
     mod axum;
     mod balance;
     mod connect;
+    mod dashboard;
     mod drain;
     mod grpc;
     mod health;

@@ -6,6 +6,8 @@ use super::{
     handle::Lifecycle,
     state::{LifecyclePhase, LifecycleState},
 };
+#[cfg(feature = "dashboard")]
+use crate::observe::Stopping;
 use crate::{
     observe::{Condition, Observe, Observed, Part, Severity, Visit, metrics::*},
     outcome::{LayerKind, RejectedKind},
@@ -33,6 +35,17 @@ impl Observe for Lifecycle {
 }
 
 impl Observed for LifecycleState {
+    #[cfg(feature = "dashboard")]
+    fn stopping(&self) -> Option<Stopping> {
+        let mut steps = self.steps();
+        Some(Box::pin(async move {
+            // It fails if the lifecycle is dropped, and then no drain begins.
+            if steps.wait_for(|now| *now >= super::state::LifecycleStep::Stopping).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }))
+    }
+
     fn observe(&self, to: &mut dyn Visit) {
         let phases = PHASES.into_iter().map(LifecyclePhase::as_str);
         to.state(&LIFECYCLE_PHASE, "phase", phases, self.phase().as_str());

@@ -61,6 +61,9 @@
 //! call, in the format of OpenMetrics. Prometheus stores them with `--enable-feature=exemplar-storage`.
 
 mod condition;
+#[cfg(feature = "dashboard")]
+#[cfg_attr(docsrs, doc(cfg(feature = "dashboard")))]
+pub mod dashboard;
 mod decision;
 mod endpoint;
 mod episode;
@@ -86,6 +89,8 @@ mod visit;
 
 #[cfg(feature = "metrics")]
 pub use self::facade::MetricsPublisher;
+#[cfg(feature = "dashboard")]
+pub(crate) use self::visit::Stopping;
 pub(crate) use self::{
     condition::Condition,
     exports::ExportCell,

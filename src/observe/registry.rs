@@ -66,6 +66,9 @@ pub(super) struct WatchedLayers {
     /// The number of keys that were combined, summed over all reads.
     folded: AtomicU64,
     pub(super) exports: Arc<Exports>,
+    /// The open streams of live pages.
+    #[cfg(feature = "dashboard")]
+    pub(super) streams: AtomicUsize,
 }
 
 /// One layer that is observed.
@@ -113,6 +116,8 @@ impl Registry {
             max_keys: AtomicUsize::new(0),
             folded: AtomicU64::new(0),
             exports: Arc::default(),
+            #[cfg(feature = "dashboard")]
+            streams: AtomicUsize::new(0),
         };
         Self { layers: Arc::new(layers) }
     }
@@ -296,7 +301,6 @@ impl Registry {
         to.sample(&FOLDED_SERIES, None, &[], Value::Count(folded.load(Ordering::Relaxed)));
     }
 
-    #[allow(dead_code)] // For the live page.
     /// Forces the state of a circuit. Returns `false` if no circuit with this name is watched.
     pub(super) fn force(&self, name: &str, to: ForceCircuit) -> bool {
         self.layers.all().iter().any(|watched| {

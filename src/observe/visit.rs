@@ -104,15 +104,23 @@ pub(crate) trait Observed: Send + Sync + 'static {
     /// Adds a receiver of the changes of the state.
     fn add_receiver(&self, _: Arc<dyn ReportChange>) {}
 
-    #[allow(dead_code)] // For the live page.
+    /// Returns a future that resolves when the process is *stopping*. `None` if this is not a lifecycle.
+    #[cfg(feature = "dashboard")]
+    fn stopping(&self) -> Option<Stopping> {
+        None
+    }
+
     /// Forces the state of a circuit. Returns `false` if the layer is not a circuit.
     fn force(&self, _: ForceCircuit) -> bool {
         false
     }
 }
 
+/// A future that resolves when the process is *stopping*. It does not keep the lifecycle alive.
+#[cfg(feature = "dashboard")]
+pub(crate) type Stopping = std::pin::Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
+
 /// A change of a circuit by hand.
-#[allow(dead_code)] // For the live page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ForceCircuit {
     Open,

@@ -65,12 +65,14 @@ fn documented() -> BTreeMap<String, Row> {
 }
 
 /// The events without a scenario here.
-const ELSEWHERE: [&str; 9] = [
+const ELSEWHERE: [&str; 10] = [
     // `tests/layers/observe/sampler.rs`.
     "calls rejected",
     "calls are admitted again",
     "retry budget used up",
     "retry budget is back",
+    // `tests/layers/observe/dashboard.rs`.
+    "control used",
     // `tests/layers/limit/unread.rs` and `tests/e2e/serve` have the clients that do not read.
     "response not read, permit released",
     "stream reset",

@@ -2,6 +2,7 @@
 
 mod breaker;
 mod connect;
+mod dashboard;
 mod decisions;
 mod facade;
 mod health;
