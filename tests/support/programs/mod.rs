@@ -1,5 +1,6 @@
 //! Real servers for the end-to-end tests. Each one runs as a process of its own, on a loopback port.
 
+pub mod chromium;
 pub mod directory;
 pub mod nginx;
 pub mod prometheus;
