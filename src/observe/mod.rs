@@ -21,6 +21,12 @@
 //! # Ok(()) }
 //! ```
 //!
+//! # Status and decisions
+//!
+//! [`Registry::status`] returns the state of each layer in words: what it is, the reason, the time at which it ends, and
+//! what happens next. [`Registry::decisions`] returns changes of states and summaries of rejections as they arise.
+//! [`Registry::run`] is the sampler: spawn it once, for the history of the status and the summaries.
+//!
 //! # Names
 //!
 //! Each layer needs a name (`.name("search")`) before [`watch`](Registry::watch): the label `name` of its metrics. Two
