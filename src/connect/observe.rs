@@ -71,7 +71,7 @@ impl Observed for ConnectState {
         let max_waiting = self.settings.queue_length();
         let (_, max_total) = self.caps();
         let (severity, state) = match waiting {
-            0 => (Severity::Healthy, "free"),
+            0 => (Severity::Healthy, ""),
             _ if waiting >= max_waiting => (Severity::Failing, "full"),
             _ => (Severity::Strained, "full"),
         };

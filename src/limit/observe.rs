@@ -67,7 +67,7 @@ impl Observed for Limiter {
         let (limit, in_flight) = (self.limit(), self.in_flight());
         let (waiting, max_queue) = (self.waiting(), self.max_queue());
         let (severity, state) = match () {
-            () if in_flight < limit => (Severity::Healthy, "free"),
+            () if in_flight < limit => (Severity::Healthy, ""),
             () if max_queue > 0 && waiting >= max_queue => (Severity::Failing, "full"),
             () => (Severity::Strained, "full"),
         };

@@ -110,7 +110,7 @@ pub(super) struct EpisodeSummary {
     pub(super) kind: Repeated,
     pub(super) reason: String,
     pub(super) summary: Summary,
-    /// The condition of the layer when events occurred last.
+    /// The most severe condition of the layer while the events occurred.
     pub(super) why: String,
 }
 
@@ -148,8 +148,8 @@ impl Visit for LayerSample {
 struct RepeatedEvents {
     total: u64,
     episode: Option<Episode>,
-    /// The condition of the layer in the last sample with events.
-    why: String,
+    /// The most severe condition of the layer in the samples with events since the last summary, and its sentence.
+    why: Option<(Severity, String)>,
 }
 
 /// The history of one layer.
@@ -200,11 +200,11 @@ impl LayerHistory {
         }
     }
 
-    /// Adds a sample. `condition` is the condition of the layer in words. Returns the summaries to emit.
+    /// Adds a sample. `condition` is the condition that the layer states itself. Returns the summaries to emit.
     pub(super) fn add(
         &mut self,
         sample: LayerSample,
-        condition: &str,
+        condition: &Condition,
         now: Nanos,
     ) -> Vec<EpisodeSummary> {
         let Some(before) = self.sampled.replace(now) else {
@@ -234,13 +234,15 @@ impl LayerHistory {
         for (kind, reason, total) in sample.repeated {
             let events = self.repeated.entry((kind, reason.clone())).or_default();
             let count = total.saturating_sub(std::mem::replace(&mut events.total, total));
-            if count > 0 {
-                condition.clone_into(&mut events.why);
+            let is_worse = |(severity, _): &(Severity, String)| condition.severity > *severity;
+            if count > 0 && events.why.as_ref().is_none_or(is_worse) {
+                events.why = Some((condition.severity, condition.sentence.clone()));
             }
             let Some(summary) = Episode::record(&mut events.episode, count, before, now) else {
                 continue;
             };
-            summaries.push(EpisodeSummary { kind, reason, summary, why: events.why.clone() });
+            let why = events.why.take().map_or_else(String::new, |(_, why)| why);
+            summaries.push(EpisodeSummary { kind, reason, summary, why });
         }
         summaries
     }

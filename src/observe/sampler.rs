@@ -105,7 +105,7 @@ impl WatchedLayers {
             let mut condition = state.condition();
             let summaries = {
                 let mut history = watched.history.lock();
-                let summaries = history.add(sample, &condition.sentence, now);
+                let summaries = history.add(sample, &condition, now);
                 history.assess(&mut condition, now);
                 history.set_severity(condition.severity, at);
                 summaries
