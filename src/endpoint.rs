@@ -63,6 +63,8 @@ pub(crate) fn typed(
 }
 
 /// Responds to a request for one of the endpoints. A response to `HEAD` has the headers of `GET` and no body.
+#[cold]
+#[inline(never)]
 fn respond<E: Serve, B: 'static>(endpoints: &E, request: Request<B>) -> Response<EndpointBody> {
     let (parts, body) = request.into_parts();
     let response = endpoints.respond(&parts);
@@ -230,7 +232,7 @@ where
                     let Some(response) = response.take() else {
                         unreachable!("polled after completion")
                     };
-                    return Poll::Ready(Ok(response.map(EndpointBody::into_tracked)));
+                    return Poll::Ready(Ok(tracked(response)));
                 }
             };
             this.state.set(next);
@@ -252,6 +254,16 @@ impl<S, Req, F> fmt::Debug for EndpointFuture<S, Req, F> {
             EndpointState::Respond { .. } => "EndpointFuture(respond)",
         })
     }
+}
+
+/// Converts the response of an endpoint. Not inlined, so that calls of the wrapped service do not pay for its code.
+#[cold]
+#[inline(never)]
+#[expect(clippy::boxed_local, reason = "without the box, the caller would copy the response")]
+fn tracked<B: Body<Data: From<Bytes>>>(
+    response: Box<Response<EndpointBody>>,
+) -> Response<TrackedBody<B>> {
+    response.map(EndpointBody::into_tracked)
 }
 
 // ===== On a separate port =====

@@ -98,6 +98,7 @@ pub(crate) enum OwnBody<D> {
 }
 
 impl<D> OwnBody<D> {
+    #[cold]
     #[inline(never)]
     fn poll_data(own: &mut Option<Box<Self>>, cx: &mut Context<'_>) -> Poll<Option<D>> {
         if let Some(Self::Stream { stream, into }) = own.as_deref_mut() {
