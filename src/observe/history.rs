@@ -160,9 +160,9 @@ pub(super) struct LayerHistory {
     /// The last value of each track, and its samples.
     tracks: BTreeMap<usize, (f64, VecDeque<f32>)>,
     repeated: BTreeMap<(Repeated, String), RepeatedEvents>,
-    severity: Severity,
-    /// The time of the sample with which the severity began.
-    since: Option<SystemTime>,
+    /// Whether the layer is healthy, and the time of the sample since which it is, or is not. A layer under a steady
+    /// overload changes between strained and failing, so these are not distinguished.
+    since: Option<(bool, SystemTime)>,
 }
 
 /// One track of a layer with its samples. The last one is the newest.
@@ -247,16 +247,18 @@ impl LayerHistory {
         summaries
     }
 
-    /// Sets the severity that the condition has at this sample.
+    /// Sets the severity that the layer has at this sample.
     pub(super) fn set_severity(&mut self, severity: Severity, at: SystemTime) {
-        if self.since.is_none() || self.severity != severity {
-            (self.severity, self.since) = (severity, Some(at));
+        let is_healthy = severity == Severity::Healthy;
+        if self.since.is_none_or(|(was_healthy, _)| was_healthy != is_healthy) {
+            self.since = Some((is_healthy, at));
         }
     }
 
-    /// Returns the time since which the layer has this severity. `None` if it is not known.
+    /// Returns the time since which the layer is healthy, or since which it is not. `None` if it is not known.
     pub(super) fn since(&self, severity: Severity) -> Option<SystemTime> {
-        self.since.filter(|_| self.severity == severity)
+        let (is_healthy, since) = self.since?;
+        (is_healthy == (severity == Severity::Healthy)).then_some(since)
     }
 
     /// Adds to the condition what only the history knows: the calls that are rejected now, and the share of calls that

@@ -63,7 +63,7 @@ pub struct LayerStatus {
     pub next: Option<Cow<'static, str>>,
     /// A text that may contain words of an upstream, such as the error of a health probe.
     pub detail: Option<String>,
-    /// The time of the sample with which the severity began. `None` without the sampler.
+    /// The time of the sample since which the layer is healthy, or since which it is not. `None` without the sampler.
     pub since: Option<SystemTime>,
     /// The numbers of the layer beside their limits.
     pub facts: Vec<Fact>,
