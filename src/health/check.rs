@@ -28,6 +28,7 @@ use crate::{
     outcome::LayerKind,
     redact,
     time::Nanos,
+    user_code::catch_panic,
 };
 
 impl Health {
@@ -229,7 +230,8 @@ impl CheckRunner {
             let failed = result.is_err();
             let change = self.threshold.record(!failed);
             if change.is_some() {
-                self.notify_of(&result);
+                // A panic of the subscriber does not end the checks.
+                let _ = catch_panic(|| self.notify_of(&result));
             }
             let delay = self.schedule.delay(self.threshold.state(), failed);
             self.entry.record(result.map_err(|failed| failed.why), Some(took));

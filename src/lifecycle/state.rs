@@ -24,6 +24,7 @@ use crate::{
     report::{ReportCell, StateChange},
     sealed::Sealed,
     sync::Mutex,
+    user_code::catch_panic,
 };
 
 const LAYER: &str = LayerKind::Lifecycle.as_str();
@@ -300,7 +301,8 @@ impl LifecycleState {
             if phase >= LifecyclePhase::Stopping {
                 self.reporter.end();
             }
-            self.notify_of(phase);
+            // A panic of the subscriber does not end the drain.
+            let _ = catch_panic(|| self.notify_of(phase));
             self.reports.report(|| StateChange {
                 event: phase.as_str(),
                 reason: None,

@@ -3,16 +3,17 @@
 use std::{
     borrow::Cow,
     collections::VecDeque,
-    pin::pin,
+    future::poll_fn,
+    mem,
     sync::{Arc, Weak},
+    task::{Context, Poll, Waker},
     time::SystemTime,
 };
-
-use tokio::sync::Notify;
 
 use crate::{
     report::{ReportChange, StateChange},
     sync::Mutex,
+    user_code::catch_panic,
 };
 
 /// The maximum number of decisions that a registry keeps.
@@ -44,13 +45,32 @@ pub struct Decision {
 #[derive(Debug, Default)]
 pub(super) struct DecisionLog {
     last: Mutex<VecDeque<Arc<Decision>>>,
-    /// Shared with the receivers, which hold no reference to the log while they wait.
-    added: Arc<Notify>,
+    /// The receivers that wait. They hold no reference to the log.
+    waiting: Mutex<Vec<Arc<WakerSlot>>>,
+}
+
+/// The waker of a receiver while it waits.
+#[derive(Debug, Default)]
+struct WakerSlot(Mutex<Option<Waker>>);
+
+impl WakerSlot {
+    /// Replaces the waker. A waker is user code: it is cloned, woken and dropped without a lock.
+    fn set(&self, waker: Option<Waker>) {
+        let before = mem::replace(&mut *self.0.lock(), waker);
+        drop(before);
+    }
+
+    fn wake(&self) {
+        let waker = self.0.lock().take();
+        // The receiver must neither break the layer, which may be in a destructor, nor the receivers after it. `Notify`
+        // of tokio would forget the latter.
+        let _ = catch_panic(|| waker.map(Waker::wake));
+    }
 }
 
 impl Drop for DecisionLog {
     fn drop(&mut self) {
-        self.added.notify_waiters();
+        self.wake();
     }
 }
 
@@ -65,8 +85,23 @@ impl DecisionLog {
             }
             last.push_back(Arc::new(decision));
         }
-        // Wakers are user code, so they run without the lock.
-        self.added.notify_waiters();
+        self.wake();
+    }
+
+    /// Wakes the receivers that wait.
+    fn wake(&self) {
+        let waiting = mem::take(&mut *self.waiting.lock());
+        waiting.iter().for_each(|receiver| receiver.wake());
+    }
+
+    /// Adds a receiver to wake. Removes the receivers that no longer exist.
+    fn add_waiting(&self, receiver: &Arc<WakerSlot>) {
+        let mut waiting = self.waiting.lock();
+        if !waiting.iter().any(|other| Arc::ptr_eq(other, receiver)) {
+            // A receiver is dropped with its waker, so no user code is dropped here.
+            waiting.retain(|other| Arc::strong_count(other) > 1);
+            waiting.push(receiver.clone());
+        }
     }
 
     /// Returns the number of the last decision, or 0.
@@ -132,36 +167,58 @@ pub struct Decisions {
     /// The number of the last decision that was received.
     received: u64,
     missed: u64,
+    waker: Arc<WakerSlot>,
 }
 
 impl Decisions {
     /// Returns a receiver of the decisions after the one with this number.
     pub(super) fn after(log: &Arc<DecisionLog>, id: u64) -> Self {
-        Self { log: Arc::downgrade(log), received: id.min(log.last_id()), missed: 0 }
+        let received = id.min(log.last_id());
+        Self { log: Arc::downgrade(log), received, missed: 0, waker: Arc::default() }
     }
 
     /// Waits for the next decision. Returns `None` when the registry no longer exists.
     ///
     /// Dropping the future loses no decision.
     pub async fn next(&mut self) -> Option<Decision> {
-        loop {
-            let added = self.log.upgrade()?.added.clone();
-            let mut added = pin!(added.notified());
-            // Enabled before the log is read, so that no decision in between is missed.
-            added.as_mut().enable();
-            if let Some(decision) = self.log.upgrade()?.after(self.received) {
-                self.missed += decision.id - self.received - 1;
-                self.received = decision.id;
-                return Some((*decision).clone());
+        /// Removes the waker when the receiver does not wait any more.
+        struct Waiting<'a>(&'a mut Decisions);
+        impl Drop for Waiting<'_> {
+            fn drop(&mut self) {
+                self.0.waker.set(None);
             }
-            added.await;
         }
+        let waiting = Waiting(self);
+        poll_fn(|cx| waiting.0.poll_next(cx)).await
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Decision>> {
+        let Some(log) = self.log.upgrade() else { return Poll::Ready(None) };
+        let next = log.after(self.received).or_else(|| {
+            self.waker.set(Some(cx.waker().clone()));
+            log.add_waiting(&self.waker);
+            // Read again after the waker was added, so that no decision in between is missed.
+            log.after(self.received)
+        });
+        // If this is the last reference to the log, its drop wakes this receiver.
+        drop(log);
+        let Some(decision) = next else { return Poll::Pending };
+        self.missed += decision.id - self.received - 1;
+        self.received = decision.id;
+        Poll::Ready(Some((*decision).clone()))
     }
 
     /// Returns the number of decisions that this receiver has missed because it was slower than the layers.
     #[must_use]
     pub const fn missed(&self) -> u64 {
         self.missed
+    }
+}
+
+impl Drop for Decisions {
+    fn drop(&mut self) {
+        // A future of `next` that was leaked has left its waker.
+        self.waker.set(None);
     }
 }
 

@@ -459,7 +459,10 @@ impl Gate {
         }
         if let Some(to) = change {
             self.publish(probing);
-            self.notify_of(to, result.err(), error.as_deref(), down_time);
+            // A panic of the subscriber does not end the probes, and the listeners receive the result.
+            let _ = catch_panic(|| {
+                self.notify_of(to, result.err(), error.as_deref(), down_time);
+            });
             self.reports.report(|| StateChange {
                 event: if to == ProbeState::Down { "health probe down" } else { "health probe up" },
                 reason: result.err().map(|failure| failure.as_str()),

@@ -1,4 +1,10 @@
-use std::time::Duration;
+use std::{
+    future::Future,
+    pin::pin,
+    sync::Arc,
+    task::{Context, Wake, Waker},
+    time::Duration,
+};
 
 use buttress::{
     CircuitBreakerLayer, Outcome, Trip,
@@ -10,6 +16,7 @@ use buttress::{
     stack::ClientStack,
 };
 use tokio::time::advance;
+use tracing_subscriber::prelude::*;
 
 fn search(registry: &Registry) -> CircuitBreakerLayer {
     let layer = CircuitBreakerLayer::new(Trip::consecutive(2))
@@ -113,4 +120,88 @@ async fn update_of_a_stack_is_a_decision_with_the_keys() {
     stack.handle().update(&changed).unwrap();
     let expected = ("settings changed", None, "retry_attempts".to_owned());
     assert_eq!(events(&mut decisions).await, [expected]);
+}
+
+/// A waker that panics.
+struct PanicsOnWake;
+
+impl Wake for PanicsOnWake {
+    fn wake(self: Arc<Self>) {
+        panic!("on purpose");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn panic_of_a_waker_reaches_neither_the_layer_nor_other_receivers() {
+    let registry = Registry::new();
+    let layer = search(&registry);
+    let (mut first, mut second) = (registry.decisions(), registry.decisions());
+    let waker = Waker::from(Arc::new(PanicsOnWake));
+    let mut waiting = Box::pin(first.next());
+    assert!(waiting.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    let other = tokio::spawn(async move {
+        let event = second.next().await.map(|decision| decision.event);
+        (event, second.next().await.is_none())
+    });
+    tokio::task::yield_now().await;
+    layer.handle().force_open();
+    tokio::task::yield_now().await;
+    assert_eq!(waiting.await.unwrap().event, "circuit forced");
+    let mut waiting = Box::pin(first.next());
+    assert!(waiting.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    drop(registry);
+    let ended = tokio::time::timeout(Duration::from_secs(1), other).await;
+    assert_eq!(
+        ended.expect("the other receiver is woken").unwrap(),
+        (Some("circuit forced"), true)
+    );
+    assert_eq!(waiting.await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn receiver_that_does_not_wait_keeps_no_waker() {
+    let registry = Registry::new();
+    let mut decisions = registry.decisions();
+    let wakes = Arc::new(PanicsOnWake);
+    let waker = Waker::from(wakes.clone());
+    {
+        let mut waiting = pin!(decisions.next());
+        assert!(waiting.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    }
+    drop(waker);
+    assert_eq!(Arc::strong_count(&wakes), 1);
+}
+
+/// A subscriber that panics at each event.
+struct PanicsOnEvent;
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for PanicsOnEvent {
+    fn on_event(&self, _: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        panic!("on purpose");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn panic_of_a_subscriber_ends_neither_checks_nor_the_drain() {
+    let registry = Registry::new();
+    let health = Health::new();
+    let lifecycle = Lifecycle::without_signals(&health).unwrap();
+    registry.watch(&lifecycle).unwrap();
+    let _subscriber =
+        tracing::subscriber::set_default(tracing_subscriber::registry().with(PanicsOnEvent));
+    let mut decisions = registry.decisions();
+    lifecycle.ready();
+    let results = std::sync::Mutex::new(vec![Ok(()), Err("no route"), Ok(())]);
+    let check = Check::new("db", move || {
+        let next = results.lock().unwrap().pop().unwrap_or(Ok(()));
+        async move { next }
+    });
+    health.add(check.every(Duration::from_secs(1))).unwrap();
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert!(health.is_ready());
+    lifecycle.drain();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let events = events(&mut decisions).await;
+    let names: Vec<_> = events.iter().map(|(event, ..)| *event).collect();
+    assert_eq!(names, ["ready", "draining", "stopping", "stopped"], "{events:?}");
 }
