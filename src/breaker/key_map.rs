@@ -335,12 +335,20 @@ impl<Q, V> KeyMap<Q, V> {
     }
 
     /// Returns all entries, in no order. Entries that are added meanwhile may be missing.
+    pub(super) fn entries(&self) -> Vec<Arc<MapEntry<Q, V>>> {
+        let mut entries = Vec::with_capacity(self.len());
+        self.for_each(|entry| entries.push(entry));
+        entries
+    }
+
+    /// Runs a closure for each entry, without a lock and in no order. Entries that are added meanwhile may be missing.
+    /// It has references to the entries of one shard at a time: an entry with a reference cannot be evicted.
     ///
     /// A split during this call moves entries to a shard that is read later. An entry has been returned already if it
     /// was in an ancestor of its shard (a shard that was split into it) when that ancestor was read. So the function
     /// records the number of shards at which it has read each shard.
-    pub(super) fn entries(&self) -> Vec<Arc<MapEntry<Q, V>>> {
-        let (mut entries, mut read_at) = (Vec::with_capacity(self.len()), Vec::new());
+    pub(super) fn for_each(&self, mut each: impl FnMut(Arc<MapEntry<Q, V>>)) {
+        let mut read_at = Vec::new();
         let mut found = Vec::with_capacity(MAX_SHARD_LEN);
         while let Some(shard) = self.shard(read_at.len()) {
             let shard = shard.read();
@@ -353,14 +361,14 @@ impl<Q, V> KeyMap<Q, V> {
             drop(shard);
             let index = read_at.len();
             read_at.push(shards);
-            entries.extend(found.drain(..).filter_map(|(hash, entry)| {
+            for (hash, entry) in found.drain(..) {
                 let was_in = |shard: usize| shard_index(hash, read_at[shard]) == shard;
                 let mut ancestors = iter::successors(parent(index), |index| parent(*index));
-                let is_known = ancestors.any(was_in);
-                (!is_known).then_some(entry)
-            }));
+                if !ancestors.any(was_in) {
+                    each(entry);
+                }
+            }
         }
-        entries
     }
 }
 
@@ -466,6 +474,10 @@ impl<Q, V: Evict> MapSlot<Q, V> {
     fn compare(&self, oldest: &mut Option<Candidate>, now: Instant) {
         let last_use = self.last_use.load(Ordering::Relaxed);
         if oldest.as_ref().is_some_and(|oldest| oldest.last_use < last_use) {
+            return;
+        }
+        // An entry that is being read cannot be removed. Another one is nearly as old.
+        if Arc::strong_count(&self.entry) > 1 {
             return;
         }
         let Some(idle_for) = self.entry.value.idle_for(now) else { return };

@@ -633,7 +633,9 @@ impl<Q> Circuits<Q> {
             state: circuit.state().0,
             rejected: circuit.rejected().iter().sum(),
         };
-        self.map.entries().iter().map(|entry| read(entry.value.state())).collect()
+        let mut circuits = Vec::with_capacity(self.map.len());
+        self.map.for_each(|entry| circuits.push(read(entry.value.state())));
+        circuits
     }
 }
 

@@ -1,9 +1,15 @@
-use std::{convert::Infallible, time::Duration};
+use std::{
+    convert::Infallible,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use buttress::{CircuitBreakerLayer, Outcome, Trip, breaker::OpenDuration, observe::Registry};
+use futures_util::FutureExt;
 use http::{Request, Response, StatusCode};
 use http_body_util::Empty;
-use tokio::time::advance;
+use tokio::time::{Instant, advance};
 use tower::{Layer, ServiceExt};
 
 use super::Page;
@@ -150,4 +156,32 @@ async fn recorded_outcomes_count_by_reason() {
     let page = Page::of(&registry);
     assert_eq!(page.get(r#"buttress_breaker_consecutive_failures{name="search"}"#), 1.0);
     assert_eq!(page.sum("buttress_breaker_failures_total"), 1.0);
+}
+
+#[test]
+fn new_keys_have_circuits_while_the_layer_is_read() {
+    let layer =
+        CircuitBreakerLayer::new(Trip::consecutive(1)).name("tenants").keyed(|key: &u32| *key);
+    let layer = layer.max_keys(5_000).per_response();
+    let registry = Registry::new();
+    registry.watch(&layer.handle()).unwrap();
+    let service = layer.layer(tower::service_fn(async |_: u32| Ok::<_, Infallible>(())));
+    let call = |key: u32| {
+        service.clone().oneshot(key).now_or_never().unwrap().unwrap();
+    };
+    (0..5_000).for_each(call);
+    let is_done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_done.load(Ordering::Relaxed) {
+                let _ = registry.status();
+            }
+        });
+        let until = Instant::now() + Duration::from_millis(500);
+        (5_000..).take_while(|_| Instant::now() < until).for_each(call);
+        is_done.store(true, Ordering::Relaxed);
+    });
+    let seen = layer.handle().snapshot();
+    assert!(seen.evicted > 1000, "{seen:?}");
+    assert_eq!(seen.uncovered, 0, "{seen:?}");
 }
