@@ -16,16 +16,22 @@ use crate::{
 /// The hosts for which the page is always served.
 const LOOPBACK_HOSTS: [&str; 3] = ["localhost", "127.0.0.1", "[::1]"];
 
-/// Headers with which proxies state that they have forwarded a request. The first is a prefix.
-const FORWARDED: [&str; 7] = [
-    "x-forwarded-",
+/// Headers with which proxies state that they have forwarded a request, and their prefixes.
+const FORWARDED: [&str; 12] = [
     "forwarded",
+    "forwarded-for",
     "via",
+    "cdn-loop",
+    "x-forwarded",
     "x-real-ip",
     "x-client-ip",
+    "x-cluster-client-ip",
     "true-client-ip",
-    "cf-connecting-ip",
+    "fastly-client-ip",
+    "fly-client-ip",
+    "client-ip",
 ];
+const FORWARDED_PREFIXES: [&str; 4] = ["x-forwarded-", "x-original-", "x-envoy-", "cf-connecting-"];
 
 /// The maximum number of characters of the name that a guard of the controls returns.
 const MAX_NAME: usize = 64;
@@ -96,7 +102,7 @@ impl Access {
         let Some(guard) = &self.controls else {
             return Err(forbidden("the page has no controls\n"));
         };
-        if is_of_another_site(&request.headers) {
+        if is_of_another_site(request) {
             return Err(forbidden("this request comes from another site\n"));
         }
         let mut confirmations = request.headers.get_all("x-buttress-confirm").iter();
@@ -118,9 +124,7 @@ impl Access {
     ///
     /// HTTP/2 has the host in the URI, HTTP/1 in the header, and a request to a proxy in both.
     fn is_host_allowed(&self, request: &Parts) -> bool {
-        let authority = request.uri.authority().map(|authority| authority.as_str().as_bytes());
-        let headers = request.headers.get_all(header::HOST).iter().map(HeaderValue::as_bytes);
-        let mut hosts = authority.into_iter().chain(headers).peekable();
+        let mut hosts = hosts(request).peekable();
         hosts.peek().is_some() && hosts.all(|host| self.allows(host))
     }
 
@@ -131,6 +135,13 @@ impl Access {
         let mut allowed = LOOPBACK_HOSTS.into_iter().chain(self.hosts.iter().map(String::as_str));
         allowed.any(|allowed| allowed.eq_ignore_ascii_case(host))
     }
+}
+
+/// Returns the hosts that a request names, with their ports.
+fn hosts(request: &Parts) -> impl Iterator<Item = &[u8]> {
+    let authority = request.uri.authority().map(|authority| authority.as_str().as_bytes());
+    let headers = request.headers.get_all(header::HOST).iter().map(HeaderValue::as_bytes);
+    authority.into_iter().chain(headers)
 }
 
 /// Returns the host of an authority, without its port. `None` if the port is not a number.
@@ -160,8 +171,9 @@ pub(super) fn is_host_name(name: &str) -> bool {
 }
 
 fn is_forwarded(headers: &HeaderMap) -> bool {
-    let [prefix, names @ ..] = FORWARDED;
-    headers.keys().any(|key| key.as_str().starts_with(prefix) || names.contains(&key.as_str()))
+    headers.keys().map(|key| key.as_str()).any(|key| {
+        FORWARDED.contains(&key) || FORWARDED_PREFIXES.iter().any(|prefix| key.starts_with(prefix))
+    })
 }
 
 /// Returns whether all known addresses of the peer are loopback addresses. `None` if there is none.
@@ -184,9 +196,20 @@ fn is_from_loopback(request: &Parts) -> Option<bool> {
 ///
 /// Such a page cannot read the response, because the response permits no other origin. It could still use a control, or
 /// occupy a stream.
-pub(super) fn is_of_another_site(headers: &HeaderMap) -> bool {
-    let mut sites = headers.get_all("sec-fetch-site").iter();
-    sites.any(|site| !matches!(site.as_bytes(), b"same-origin" | b"none"))
+///
+/// Browsers send `sec-fetch-site` over HTTPS and to loopback addresses only. Without it, the `origin` decides, which they
+/// send with a `POST` and with a stream of another origin.
+pub(super) fn is_of_another_site(request: &Parts) -> bool {
+    let mut sites = request.headers.get_all("sec-fetch-site").iter().peekable();
+    if sites.peek().is_some() {
+        return sites.any(|site| !matches!(site.as_bytes(), b"same-origin" | b"none"));
+    }
+    let is_own = |origin: &HeaderValue| {
+        let origin = origin.as_bytes();
+        let host = origin.windows(3).position(|part| part == b"://").map(|at| &origin[at + 3..]);
+        host.is_some_and(|host| hosts(request).all(|own| own.eq_ignore_ascii_case(host)))
+    };
+    !request.headers.get_all(header::ORIGIN).iter().all(is_own)
 }
 
 /// Returns the text that is encoded by `%` and two hexadecimal digits. `None` if it is not UTF-8 or not encoded so.

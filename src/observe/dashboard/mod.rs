@@ -164,7 +164,8 @@ impl Dashboard {
     /// runs for each `POST`, after the check of [access](self#access). Each use emits a WARN event and a
     /// [decision](super::Decision) with this name, of which at most 64 characters are used.
     ///
-    /// A `POST` is declined if a browser reports that another site has made it, or if it has no header
+    /// A `POST` is declined if a browser reports that another site has made it (`Sec-Fetch-Site`, or without it an `Origin`
+    /// that is not the host of the request), or if it has no header
     /// `x-buttress-confirm` with the name of the circuit, which forms cannot send.
     pub fn controls<N: Into<String>>(
         mut self,

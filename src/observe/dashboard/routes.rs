@@ -10,9 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts,
-};
+use http::{HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts};
 
 use super::{
     access::{Access, is_of_another_site, percent_decode},
@@ -104,7 +102,7 @@ impl DashboardRoutes {
             }
             Route::Page => self.page(),
             Route::Status => typed("application/json", StatusCode::OK, self.feed.document().into()),
-            Route::Events => self.events(&request.headers),
+            Route::Events => self.events(request),
         }
     }
 
@@ -122,8 +120,8 @@ impl DashboardRoutes {
         response
     }
 
-    fn events(&self, headers: &HeaderMap) -> Response<EndpointBody> {
-        if is_of_another_site(headers) {
+    fn events(&self, request: &Parts) -> Response<EndpointBody> {
+        if is_of_another_site(request) {
             return plain(StatusCode::FORBIDDEN, "this request comes from another site\n");
         }
         let Some(open) = OpenStream::open(&self.feed.registry) else {
@@ -133,7 +131,8 @@ impl DashboardRoutes {
             response.headers_mut().insert(header::RETRY_AFTER, retry);
             return response;
         };
-        let last_event_id = headers
+        let last_event_id = request
+            .headers
             .get("last-event-id")
             .and_then(|id| id.to_str().ok()?.parse().ok())
             .filter(|id| *id < u64::MAX);

@@ -197,7 +197,7 @@ async fn all_responses_have_safe_headers_and_permit_no_other_origin() {
         ("/buttress", 308),
         ("/buttress/", 200),
         ("/buttress/status.json", 200),
-        ("/buttress/events", 200),
+        ("/buttress/events", 403),
         ("/buttress/circuits/a/open", 405),
         ("/buttress/circuits/a/explode", 404),
         ("/buttress/../etc/passwd", 404),
@@ -325,6 +325,16 @@ async fn loopback_declines_forwarded_requests() {
         "x-real-ip",
         "via",
         "true-client-ip",
+        "x-forwarded",
+        "forwarded-for",
+        "x-original-forwarded-for",
+        "x-original-host",
+        "x-cluster-client-ip",
+        "x-envoy-external-address",
+        "fastly-client-ip",
+        "fly-client-ip",
+        "cf-connecting-ipv6",
+        "cdn-loop",
     ] {
         assert_eq!(status_of(&service, local().header(header, "x")).await, 403, "{header}");
     }
@@ -654,6 +664,46 @@ async fn pages_of_other_sites_cannot_open_streams() {
         let request = get("/buttress/events").header("sec-fetch-site", site);
         assert_eq!(status_of(&service, request).await, status, "{site}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn origin_of_another_site_is_declined_if_the_browser_states_no_fetch_site() {
+    // Browsers send `sec-fetch-site` over HTTPS and to loopback only, and `origin` always.
+    let (registry, layer) = search();
+    let service = controlled(&registry).host("10.0.0.7").service().unwrap();
+    let at = |builder: Builder| builder.header("host", "10.0.0.7:8080");
+    for (origin, status) in [
+        ("http://10.0.0.7:8080", 200),
+        ("HTTP://10.0.0.7:8080", 200),
+        ("http://10.0.0.7", 403),
+        ("http://10.0.0.7:9000", 403),
+        ("http://evil.example", 403),
+        ("http://evil.example:8080", 403),
+        ("http://10.0.0.7:8080.evil.example", 403),
+        ("10.0.0.7:8080", 403),
+        ("null", 403),
+        ("", 403),
+    ] {
+        let events = at(Request::get("/buttress/events")).header("origin", origin);
+        assert_eq!(status_of(&service, events).await, status, "{origin}");
+        let control = at(Request::post("/buttress/circuits/search/open"))
+            .header("x-buttress-confirm", "search")
+            .header("x-person", "alice")
+            .header("origin", origin);
+        assert_eq!(status_of(&service, control).await, status, "{origin}");
+        let is_forced = layer.handle().state() == CircuitState::ForcedOpen;
+        assert_eq!(is_forced, status == 200, "{origin}");
+        layer.handle().reset();
+    }
+    // A browser that states the site compares the origins itself. A proxy may have changed the host.
+    let proxied = at(Request::get("/buttress/events"))
+        .header("origin", "https://ops.example")
+        .header("sec-fetch-site", "same-origin");
+    assert_eq!(status_of(&service, proxied).await, 200);
+    let two = at(Request::get("/buttress/events"))
+        .header("origin", "http://10.0.0.7:8080")
+        .header("origin", "http://evil.example");
+    assert_eq!(status_of(&service, two).await, 403);
 }
 
 #[tokio::test(start_paused = true)]
