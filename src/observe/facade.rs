@@ -34,7 +34,7 @@ impl Registry {
 /// The names are those of the text page, such as `buttress_calls_total`. The facade has no counter of seconds, so those
 /// counters are gauges, which `rate()` accepts. The facade cannot remove a series: the gauges of a layer that has been
 /// dropped, and those that have become absent, are set to 0 once. Its counters keep their values, and a new layer of that
-/// name continues them.
+/// name continues them, unless more than 10,000 counters of other layers have ended since then.
 ///
 /// ```
 /// use buttress::{CircuitBreakerLayer, observe::{MetricsPublisher, Registry}};

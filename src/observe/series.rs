@@ -8,6 +8,9 @@ use std::{
 
 use super::metric::Metric;
 
+/// The maximum number of kept series that the last pass has not visited. A layer has about 60 counters.
+const MAX_ENDED: usize = 10_000;
+
 /// Values by series. A pass is one visit of all series: [`begin`](Self::begin), [`get`](Self::get) for each of them, and
 /// [`end`](Self::end). A lookup does not allocate.
 #[derive(Debug)]
@@ -58,13 +61,25 @@ impl<T> SeriesMap<T> {
         &mut found[at].value
     }
 
-    /// Ends a pass. `keeps` receives each series that the pass has not visited, and returns whether the map keeps it.
+    /// Ends a pass. `keeps` receives each series that the pass has not visited, and returns whether the map keeps it. Of
+    /// more than [`MAX_ENDED`] kept series, those that have not been visited for the longest time are removed.
     pub(super) fn end(&mut self, mut keeps: impl FnMut(&mut T) -> bool) {
         let pass = self.pass;
+        let mut ended = Vec::new();
         self.series.retain(|_, found| {
             found.retain_mut(|series| series.pass == pass || keeps(&mut series.value));
+            ended.extend(found.iter().map(|series| series.pass).filter(|last| *last != pass));
             !found.is_empty()
         });
+        if ended.len() > MAX_ENDED {
+            // Half of them, so that not every pass sorts.
+            let nth = ended.len() - MAX_ENDED / 2;
+            let (_, last_removed, _) = ended.select_nth_unstable(nth);
+            self.series.retain(|_, found| {
+                found.retain(|series| series.pass > *last_removed);
+                !found.is_empty()
+            });
+        }
     }
 }
 
@@ -152,5 +167,23 @@ mod tests {
         assert_eq!(pass(&mut map, &["b"]), (6, vec![1, 2, 3]));
         assert_eq!(pass(&mut map, &["a", "b"]), (9, vec![]));
         assert_eq!(map.get(&BREAKER_STATE, Some("b"), &states[1], || 0), &5);
+    }
+
+    #[test]
+    fn series_that_have_ended_are_bounded() {
+        let mut map = SeriesMap::default();
+        let name = |layer: usize| format!("tenant-{layer}");
+        for pass in 0..30 {
+            map.begin();
+            for layer in pass * 1000..(pass + 1) * 1000 {
+                map.get(&CONCURRENCY_LIMIT, Some(&name(layer)), &[], || layer);
+            }
+            map.end(|_| true);
+            assert!(map.series.len() <= MAX_ENDED + 1000, "{}", map.series.len());
+        }
+        // The newest ones continue.
+        map.begin();
+        assert_eq!(*map.get(&CONCURRENCY_LIMIT, Some(&name(28_500)), &[], || 0), 28_500);
+        assert_eq!(*map.get(&CONCURRENCY_LIMIT, Some(&name(500)), &[], || 0), 0);
     }
 }
