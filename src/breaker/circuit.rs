@@ -64,6 +64,7 @@ use crate::{
     sealed::Sealed,
     sync::Mutex,
     time::{Clock, Nanos, nanos},
+    user_code::catch_panic,
 };
 
 /// The `retry_after` of a rejection by a half-open circuit. The end of its probes has no known time.
@@ -357,7 +358,8 @@ impl Circuit {
     #[cold]
     fn notify_of(&self, change: Transition) {
         self.changed.notify_waiters();
-        self.events.emit(self.named(), &change);
+        // A panic of the subscriber must not withhold the change from the registries. This may run in a destructor.
+        let _ = catch_panic(|| self.events.emit(self.named(), &change));
         self.report(change);
     }
 

@@ -186,10 +186,29 @@ impl LayerSample {
     }
 }
 
+/// Returns the number of samples that belong in the time between two samples.
+fn whole_seconds(before: Nanos, now: Nanos) -> usize {
+    let seconds = now.saturating_sub(before).saturating_add(500_000_000) / 1_000_000_000;
+    usize::try_from(seconds).unwrap_or(MAX_SAMPLES).min(MAX_SAMPLES)
+}
+
+/// Adds the same sample several times. The oldest samples are removed.
+fn push(values: &mut VecDeque<f32>, value: f32, times: usize) {
+    let excess = (values.len() + times).saturating_sub(MAX_SAMPLES);
+    values.drain(..excess.min(values.len()));
+    values.extend(std::iter::repeat_n(value, times));
+}
+
 impl LayerHistory {
     /// Sets the counts from which the next sample is computed. Changes since the last sample are not recorded.
     pub(super) fn start(&mut self, sample: LayerSample, now: Nanos) {
-        self.sampled = Some(now);
+        let before = self.sampled.replace(now).unwrap_or(now);
+        // The severity of a layer between two samplers is not known.
+        self.since = None;
+        // A sampler has ended: its samples move to the past by the time without one.
+        for (_, values) in self.tracks.values_mut().filter(|(_, values)| !values.is_empty()) {
+            push(values, 0.0, whole_seconds(before, now));
+        }
         for (index, total) in sample.tracks.into_iter().enumerate() {
             if let Some(total) = total {
                 self.tracks.entry(index).or_default().0 = total;
@@ -212,6 +231,8 @@ impl LayerHistory {
             return Vec::new();
         };
         let seconds = (now.saturating_sub(before).max(1) as f64 / 1e9).max(1e-3);
+        // A sample of a late sampler is the mean of several seconds.
+        let times = whole_seconds(before, now).max(1);
         for (index, total) in sample.tracks.into_iter().enumerate() {
             let (last, values) = self.tracks.entry(index).or_default();
             // A metric that is absent now, such as the budget of a retry without one, is a gap of zeros.
@@ -225,10 +246,7 @@ impl LayerHistory {
                 self.tracks.remove(&index);
                 continue;
             }
-            if values.len() == MAX_SAMPLES {
-                values.pop_front();
-            }
-            values.push_back(value as f32);
+            push(values, value as f32, times);
         }
         let mut summaries = Vec::new();
         for (kind, reason, total) in sample.repeated {

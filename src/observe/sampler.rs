@@ -92,27 +92,17 @@ impl WatchedLayers {
     /// Begins the history of all layers at this time.
     fn start_history(&self, now: Nanos) {
         for watched in self.all() {
-            watched.start_history(now);
+            let _ = catch_panic(|| watched.start_history(now));
         }
     }
 
     /// Adds a sample of each layer to its history, and emits the summaries that are due.
     fn sample(&self, now: Nanos) {
-        let at = SystemTime::now();
         for watched in self.all() {
-            let Some(state) = watched.state.upgrade() else { continue };
-            let sample = LayerSample::of(&*state);
-            let mut condition = state.condition();
-            let summaries = {
-                let mut history = watched.history.lock();
-                let summaries = history.add(sample, &condition, now);
-                history.assess(&mut condition, now);
-                history.set_severity(condition.severity, at);
-                summaries
-            };
-            for summary in summaries {
-                // A subscriber is user code. Its panic must not end the sampler.
-                catch_panic(|| watched.emit(&summary));
+            // A read can emit an event, such as that of the end of an open time, and can drop the last reference to a
+            // layer. Subscribers and destructors are user code, whose panic must not end the sampler.
+            for summary in catch_panic(|| watched.sample(now)).into_iter().flatten() {
+                let _ = catch_panic(|| watched.emit(&summary));
                 self.add_decision(&watched, summary);
             }
         }
@@ -172,6 +162,19 @@ macro_rules! event_of_layer {
 }
 
 impl Watched {
+    /// Adds a sample of the layer to its history, and returns the summaries that are due.
+    fn sample(&self, now: Nanos) -> Vec<EpisodeSummary> {
+        let Some(state) = self.state.upgrade() else { return Vec::new() };
+        let sample = LayerSample::of(&*state);
+        let mut condition = state.condition();
+        let at = SystemTime::now();
+        let mut history = self.history.lock();
+        let summaries = history.add(sample, &condition, now);
+        history.assess(&mut condition, now);
+        history.set_severity(condition.severity, at);
+        summaries
+    }
+
     /// Emits the event of a summary. Runs code of the subscriber, so no lock may be held.
     fn emit(&self, summary: &EpisodeSummary) {
         let EpisodeSummary { kind, reason, summary, .. } = summary;

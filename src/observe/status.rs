@@ -248,8 +248,9 @@ impl Registry {
     pub fn status(&self) -> Status {
         let layers = self.layers();
         let (at, now) = (SystemTime::now(), layers.clock.at(Instant::now()));
-        let mut statuses: Vec<LayerStatus> =
-            layers.all().iter().filter_map(|watched| watched.status(at, now)).collect();
+        let is_sampled = layers.is_sampled.load(Ordering::Acquire);
+        let status = |watched: &Arc<Watched>| watched.status(at, now, is_sampled);
+        let mut statuses: Vec<LayerStatus> = layers.all().iter().filter_map(status).collect();
         statuses.sort_by(|a, b| {
             let key = |layer: &LayerStatus| {
                 (std::cmp::Reverse(layer.severity), layer.name.clone(), layer.layer)
@@ -270,7 +271,7 @@ impl Registry {
             at,
             started: layers.started,
             phase,
-            is_sampled: layers.is_sampled.load(Ordering::Acquire),
+            is_sampled,
             verdict,
             layers: statuses,
             decisions: layers.log.newest(MAX_DECISIONS).iter().map(|one| (**one).clone()).collect(),
@@ -279,12 +280,15 @@ impl Registry {
 }
 
 impl Watched {
-    fn status(&self, at: SystemTime, now: Nanos) -> Option<LayerStatus> {
+    fn status(&self, at: SystemTime, now: Nanos, is_sampled: bool) -> Option<LayerStatus> {
         let mut condition = self.state.upgrade()?.condition();
-        let (since, tracks) = {
+        // Without the sampler, the history is that of a sampler that has ended: its last episodes would never end.
+        let (since, tracks) = if is_sampled {
             let history = self.history.lock();
             history.assess(&mut condition, now);
             (history.since(condition.severity), history.tracks(MAX_SAMPLES))
+        } else {
+            (None, Vec::new())
         };
         Some(LayerStatus {
             layer: self.layer,

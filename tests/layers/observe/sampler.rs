@@ -1,13 +1,15 @@
 use std::{convert::Infallible, time::Duration};
 
 use buttress::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, RetryBudget, RetryLayer,
+    CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, RetryBudget, RetryLayer, Trip,
+    breaker::OpenDuration,
     observe::{Registry, Severity},
 };
 use http::{Request, Response, StatusCode};
 use http_body_util::Empty;
 use tokio::time::sleep;
 use tower::{Layer, Service, ServiceExt};
+use tracing_subscriber::prelude::*;
 
 use crate::support::event_log::EventLog;
 
@@ -181,4 +183,96 @@ async fn full_limit_is_strained_and_names_the_reason_of_its_rejections() {
     held.abort();
     sleep(20 * SECOND).await;
     assert!(registry.status().is_healthy());
+}
+
+#[tokio::test(start_paused = true)]
+async fn status_reports_no_old_rejections_after_the_sampler_has_ended() {
+    let registry = Registry::new();
+    let layer = ConcurrencyLimitLayer::new(1).name("front");
+    registry.watch(&layer.handle()).unwrap();
+    let service = layer.layer(tower::service_fn(async |_: Request<Body>| {
+        sleep(3 * SECOND).await;
+        Ok::<_, Infallible>(Response::new(Body::new()))
+    }));
+    let sampler = tokio::spawn(registry.run());
+    tokio::task::yield_now().await;
+    let held = tokio::spawn(service.clone().oneshot(request()));
+    tokio::task::yield_now().await;
+    assert!(service.clone().oneshot(request()).await.is_err());
+    sleep(2 * SECOND).await;
+    assert!(registry.status().layers[0].sentence.contains("were rejected in"));
+    // The runtime of the sampler ends, for example.
+    sampler.abort();
+    held.await.unwrap().unwrap();
+    sleep(3600 * SECOND).await;
+    let status = registry.status();
+    assert!(status.is_healthy(), "{:?}", status.layers[0].sentence);
+    assert!(status.layers[0].tracks.is_empty() && status.layers[0].since.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn samples_stay_on_the_time_axis_if_the_sampler_is_late() {
+    let registry = Registry::new();
+    let service = full(&registry);
+    let rejected = |registry: &Registry| {
+        let tracks = registry.status().layers.remove(0).tracks;
+        tracks.into_iter().find(|track| track.label == "rejected").unwrap().values
+    };
+    let sampler = tokio::spawn(registry.run());
+    sleep(SECOND * 21 / 2).await;
+    let before = rejected(&registry).len();
+    for _ in 0..60 {
+        let _ = service.clone().oneshot(request()).await;
+    }
+    // The runtime does not run for one minute.
+    tokio::time::advance(60 * SECOND).await;
+    sleep(SECOND).await;
+    let values = rejected(&registry);
+    assert!((before + 60..=before + 62).contains(&values.len()), "{} {}", before, values.len());
+    // The calls were rejected at any time of this minute.
+    let sum: f32 = values.iter().sum();
+    assert!((59.0..=61.0).contains(&sum) && values.iter().all(|value| *value < 2.0), "{values:?}");
+    // Another sampler continues half a minute after the first one.
+    sampler.abort();
+    let before = rejected_after(&registry, 30 * SECOND, rejected).await;
+    assert!((values.len() + 29..=values.len() + 32).contains(&before), "{before}");
+    sleep(SECOND * 7200).await;
+    assert_eq!(rejected(&registry).len(), 300);
+}
+
+/// Runs a sampler after this time without one, and returns the number of samples.
+async fn rejected_after(
+    registry: &Registry,
+    time: Duration,
+    rejected: impl Fn(&Registry) -> Vec<f32>,
+) -> usize {
+    sleep(time).await;
+    tokio::spawn(registry.run());
+    sleep(SECOND / 2).await;
+    rejected(registry).len()
+}
+
+#[tokio::test(start_paused = true)]
+async fn sampler_and_decisions_survive_a_subscriber_that_panics() {
+    struct Panics;
+    impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Panics {
+        fn on_event(&self, _: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+            panic!("on purpose");
+        }
+    }
+    let registry = Registry::new();
+    let layer = CircuitBreakerLayer::new(Trip::consecutive(1))
+        .open_for(OpenDuration::fixed(5 * SECOND))
+        .name("search");
+    registry.watch(&layer.handle()).unwrap();
+    let mut decisions = registry.decisions();
+    layer.handle().record(Outcome::failure());
+    let _subscriber = tracing::subscriber::set_default(tracing_subscriber::registry().with(Panics));
+    let sampler = tokio::spawn(registry.run());
+    // The sampler is the first reader of the circuit after its open time, so it emits the event.
+    sleep(SECOND * 41 / 2).await;
+    assert!(!sampler.is_finished());
+    assert_eq!(registry.status().layers[0].tracks[0].values.len(), 20);
+    let events = [decisions.next().await, decisions.next().await].map(|one| one.unwrap().event);
+    assert_eq!(events, ["circuit opened", "circuit half-open"]);
 }
