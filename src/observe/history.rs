@@ -265,12 +265,15 @@ impl LayerHistory {
         summaries
     }
 
-    /// Sets the severity that the layer has at this sample.
-    pub(super) fn set_severity(&mut self, severity: Severity, at: SystemTime) {
+    /// Sets the severity that the layer has at this sample. Returns whether the layer has become healthy, or has ceased
+    /// to be.
+    pub(super) fn set_severity(&mut self, severity: Severity, at: SystemTime) -> bool {
         let is_healthy = severity == Severity::Healthy;
-        if self.since.is_none_or(|(was_healthy, _)| was_healthy != is_healthy) {
+        let before = self.since.map(|(was_healthy, _)| was_healthy);
+        if before != Some(is_healthy) {
             self.since = Some((is_healthy, at));
         }
+        before.unwrap_or(true) != is_healthy
     }
 
     /// Returns the time since which the layer is healthy, or since which it is not. `None` if it is not known.

@@ -14,11 +14,17 @@ use tokio::time::{Instant, MissedTickBehavior};
 #[cfg(feature = "metrics")]
 use super::facade::MetricsPublisher;
 use super::{
+    condition::Severity,
     episode::Summary,
     history::{EpisodeSummary, LayerSample, Repeated},
     registry::{Registry, Watched, WatchedLayers},
 };
-use crate::{event::event, time::Nanos, user_code::catch_panic};
+use crate::{
+    event::event,
+    report::{ReportChange, StateChange},
+    time::Nanos,
+    user_code::catch_panic,
+};
 
 /// The time between two samples.
 pub(super) const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -101,7 +107,11 @@ impl WatchedLayers {
         for watched in self.all() {
             // A read can emit an event, such as that of the end of an open time, and can drop the last reference to a
             // layer. Subscribers and destructors are user code, whose panic must not end the sampler.
-            for summary in catch_panic(|| watched.sample(now)).into_iter().flatten() {
+            let Some((summaries, change)) = catch_panic(|| watched.sample(now)) else { continue };
+            if let Some(change) = change {
+                watched.reporter(&self.log).report(&change);
+            }
+            for summary in summaries {
                 let _ = catch_panic(|| watched.emit(&summary));
                 self.add_decision(&watched, summary);
             }
@@ -139,6 +149,9 @@ impl WatchedLayers {
     }
 }
 
+/// The kind of a keyed circuit breaker.
+const KEYED: &str = "keyed_circuit_breaker";
+
 /// The reason of a retry that the budget did not permit.
 const BUDGET_USED_UP: &str = "budget_used_up";
 
@@ -162,17 +175,28 @@ macro_rules! event_of_layer {
 }
 
 impl Watched {
-    /// Adds a sample of the layer to its history, and returns the summaries that are due.
-    fn sample(&self, now: Nanos) -> Vec<EpisodeSummary> {
-        let Some(state) = self.state.upgrade() else { return Vec::new() };
+    /// Adds a sample of the layer to its history. Returns the summaries that are due, and the change of a keyed layer.
+    ///
+    /// A keyed layer reports the first open circuit and the end of the last one. It does not report the changes of each
+    /// circuit: an outage opens all of them, and they would replace all other decisions.
+    fn sample(&self, now: Nanos) -> (Vec<EpisodeSummary>, Option<StateChange>) {
+        let Some(state) = self.state.upgrade() else { return (Vec::new(), None) };
         let sample = LayerSample::of(&*state);
         let mut condition = state.condition();
         let at = SystemTime::now();
         let mut history = self.history.lock();
         let summaries = history.add(sample, &condition, now);
         history.assess(&mut condition, now);
-        history.set_severity(condition.severity, at);
-        summaries
+        let is_changed = history.set_severity(condition.severity, at);
+        let change = (is_changed && self.layer == KEYED).then_some(StateChange {
+            event: match condition.severity {
+                Severity::Healthy => "circuits closed",
+                _ => "circuits opened",
+            },
+            reason: None,
+            why: condition.sentence,
+        });
+        (summaries, change)
     }
 
     /// Emits the event of a summary. Runs code of the subscriber, so no lock may be held.

@@ -276,3 +276,34 @@ async fn sampler_and_decisions_survive_a_subscriber_that_panics() {
     let events = [decisions.next().await, decisions.next().await].map(|one| one.unwrap().event);
     assert_eq!(events, ["circuit opened", "circuit half-open"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn keyed_layer_reports_its_first_open_circuit_and_the_end_of_the_last_one() {
+    let registry = Registry::new();
+    let layer =
+        CircuitBreakerLayer::http().name("api").keyed(|request: &Request<u32>| *request.body());
+    registry.watch(&layer.handle()).unwrap();
+    let service = layer.layer(tower::service_fn(async |_: Request<u32>| {
+        Ok::<_, Infallible>(Response::new(Body::new()))
+    }));
+    let _sampler = tokio::spawn(registry.run());
+    let mut decisions = registry.decisions();
+    for key in 0..100 {
+        service.clone().oneshot(Request::new(key)).await.unwrap();
+    }
+    sleep(2 * SECOND).await;
+    let circuits: Vec<_> = layer.handle().all().into_iter().map(|(_, circuit)| circuit).collect();
+    circuits.iter().for_each(|circuit| circuit.force_open());
+    sleep(5 * SECOND).await;
+    circuits.iter().for_each(|circuit| circuit.reset());
+    sleep(5 * SECOND).await;
+    let mut received = Vec::new();
+    while let Ok(Some(decision)) = tokio::time::timeout(Duration::ZERO, decisions.next()).await {
+        received.push((decision.event, decision.why));
+    }
+    let expected = [
+        ("circuits opened", "100 of 100 circuits are open.".to_owned()),
+        ("circuits closed", "None of 100 circuits is open.".to_owned()),
+    ];
+    assert_eq!(received, expected);
+}
