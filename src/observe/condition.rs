@@ -47,7 +47,7 @@ pub struct Fact {
     pub unit: &'static str,
 }
 
-/// The condition of a layer at one time, as the layer itself knows it.
+/// The condition of a layer at one time, without its history.
 #[derive(Clone, Debug)]
 pub(crate) struct Condition {
     pub(crate) severity: Severity,

@@ -282,7 +282,7 @@ impl LayerHistory {
         (is_healthy == (severity == Severity::Healthy)).then_some(since)
     }
 
-    /// Adds to the condition what only the history knows: the calls that are rejected now, and the share of calls that
+    /// Adds to the condition the facts of the history: the calls that are rejected now, and the share of calls that
     /// fail.
     pub(super) fn assess(&self, condition: &mut Condition, now: Nanos) {
         self.add_rejections(condition, now);

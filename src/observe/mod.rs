@@ -50,8 +50,8 @@
 //! | [`publish_metrics`](Registry::publish_metrics), [`MetricsPublisher`] | `metrics` | at each publication | counters of seconds are gauges; the gauges of a dropped layer stay, with the value 0 |
 //! | [`meter_into`](Registry::meter_into) | `opentelemetry_0_33` | at each collection | the names have dots, and the units are in UCUM's form; the Prometheus exporter of OpenTelemetry converts both |
 //!
-//! Times are in seconds. A Prometheus exporter of OpenTelemetry adds the label `otel_scope_name` unless it is told
-//! otherwise. Its SDK combines the series of an instrument beyond its cardinality limit (2,000 by default).
+//! Times are in seconds. A Prometheus exporter of OpenTelemetry adds the label `otel_scope_name` unless that is
+//! turned off. Its SDK combines the series of an instrument beyond its cardinality limit (2,000 by default).
 //!
 //! # Histograms
 //!

@@ -120,8 +120,8 @@ type Points = Vec<(Arc<[KeyValue]>, Number)>;
 /// The values that the callbacks of one meter share.
 ///
 /// OpenTelemetry has no callback for a whole collection: it calls the callback of each instrument, one after the other.
-/// The first one visits all layers, and each takes the points of its metric. A callback that does not find its points
-/// knows that a new collection has begun.
+/// The first one visits all layers, and each takes the points of its metric. Points that are missing mean that a new
+/// collection has begun.
 struct Collections {
     registry: WeakRegistry,
     state: Mutex<CollectionState>,

@@ -1,6 +1,6 @@
 //! Streams of server-sent events.
 //!
-//! A stream makes its next frame when its reader asks for it, so a slow reader has at most one frame in this process, and
+//! A stream makes its next frame when its reader polls it, so a slow reader has at most one frame in this process, and
 //! continues with the newest sample.
 
 use std::{
