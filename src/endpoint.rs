@@ -83,8 +83,8 @@ fn finish<B: 'static>(
 
 // ===== In front of a server =====
 
-/// Serves endpoints in front of a service. Other requests pass through, and so do requests of a method that the endpoints
-/// do not accept.
+/// Serves endpoints in front of a service. Requests for other paths, and requests of a method that the endpoints do not
+/// accept, pass through.
 ///
 /// A request for an endpoint does not touch the wrapped service, so a server that is saturated, or whose `poll_ready`
 /// hangs, still responds to it.
@@ -256,7 +256,8 @@ impl<S, Req, F> fmt::Debug for EndpointFuture<S, Req, F> {
     }
 }
 
-/// Converts the response of an endpoint. Not inlined, so that calls of the wrapped service do not pay for its code.
+/// Converts the response of an endpoint. The function is not inlined, so that its code is outside of the path of calls
+/// to the wrapped service.
 #[cold]
 #[inline(never)]
 #[expect(clippy::boxed_local, reason = "without the box, the caller would copy the response")]
@@ -310,6 +311,7 @@ enum EndpointData {
 }
 
 impl EndpointBody {
+    /// Returns a body that sends the data of a stream.
     #[cfg_attr(not(feature = "dashboard"), allow(dead_code))]
     pub(crate) fn stream(stream: Box<dyn DataStream>) -> Self {
         Self(EndpointData::Stream(Some(stream)))

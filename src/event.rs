@@ -11,14 +11,14 @@ use crate::time::{Clock, Nanos};
 /// Emits one `tracing` event of a layer: `event!(target, LEVEL, layer, name, field = value, …, "message")`.
 ///
 /// The target is `buttress::<target>`. It is explicit, so that a filter of an application does not depend on the modules
-/// of this crate. `layer` is the text of the kind of the layer, and `name` its name, which is empty for a layer without
-/// one. They are the fields `layer` and `resilience.name` of each event. `docs/events.md` lists all events.
+/// of this crate. `layer` is the kind of the layer as text, and `name` is the name of the layer, or empty. They are the
+/// fields `layer` and `resilience.name` of each event. `docs/events.md` lists all events.
 ///
-/// - The field `reason` is the result of an `as_str`. Prose is in the message, or in the field `why`
-///   ([`prose`]). The unit of a duration is a millisecond ([`ms`]), and its field ends in `_ms`.
+/// - The field `reason` is the result of an `as_str`. Prose is in the message, or in the field `why` ([`prose`]).
+/// - A duration is a number of milliseconds ([`ms`]), and its field ends in `_ms`.
 /// - A subscriber is user code and may call any handle, so no lock of this crate may be held here.
 ///
-/// Values are computed only if a subscriber is interested. Without the feature `tracing` they are never computed.
+/// The macro computes the values only if a subscriber is interested, and never without the feature `tracing`.
 #[cfg(feature = "tracing")]
 macro_rules! event {
     (
@@ -48,7 +48,7 @@ macro_rules! event {
 }
 pub(crate) use event;
 
-/// Returns the value of the field `why`, or of another field whose text is made by `Display`.
+/// Returns the value of a field whose text is made by `Display`, such as `why`.
 #[cfg(feature = "tracing")]
 pub(crate) use tracing::field::display as prose;
 #[cfg(not(feature = "tracing"))]
@@ -56,7 +56,7 @@ pub(crate) fn prose<T>(value: T) -> T {
     value
 }
 
-/// Returns the value of a field in milliseconds.
+/// Converts a duration to milliseconds, the unit of the fields that end in `_ms`.
 #[inline]
 pub(crate) fn ms(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
@@ -76,7 +76,7 @@ thread_local! {
     static IS_UPDATING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Applies a configuration to the handles of a stack, without an event for each setting: the stack emits one event with
+/// Applies a configuration to the handles of a stack, without an event for each setting. The stack emits one event with
 /// the keys that changed.
 #[cfg_attr(not(feature = "stack"), allow(dead_code))]
 pub(crate) fn as_one_update<T>(apply: impl FnOnce() -> T) -> T {
@@ -90,8 +90,9 @@ pub(crate) fn as_one_update<T>(apply: impl FnOnce() -> T) -> T {
     apply()
 }
 
-/// Emits the event "settings changed" of a handle, unless the setter is a part of the [update](as_one_update) of a
-/// stack, or no service uses the layer yet. The arguments are those of [`event`], and the name of the setting.
+/// Emits the event "settings changed" for a setter of a handle. Emits nothing if the setter is a part of the
+/// [update](as_one_update) of a stack, or if no service uses the layer yet. The arguments are those of [`event`] and
+/// the name of the setting.
 macro_rules! settings_changed {
     ($target:ident, $is_in_use:expr, $layer:expr, $name:expr, $key:expr) => {
         if $is_in_use && $crate::event::reports_settings() {
@@ -101,6 +102,7 @@ macro_rules! settings_changed {
 }
 pub(crate) use settings_changed;
 
+/// Returns whether a setter on this thread emits an event.
 #[cfg_attr(not(feature = "full"), allow(dead_code))]
 pub(crate) fn reports_settings() -> bool {
     cfg!(feature = "tracing") && !IS_UPDATING.get()

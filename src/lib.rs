@@ -105,8 +105,8 @@
 //! | the error | [`Rejected::find`]: the layer, its name, the reason and the time to retry; [`Attempts::find`]: the attempts |
 //! | the response | the same, in its extensions: `response.extensions().get::<Rejected>()`, [`Attempts::of`] |
 //! | a server's client | the status, `Retry-After`, and `reason` in the problem document; no internal state |
-//! | the log (`buttress=debug`, or one of the targets below) | an event for each decision, with `resilience.name`, `layer` and `reason`; DEBUG for calls, INFO and WARN for state changes, ERROR for invalid settings. `docs/events.md` of the repository lists them all |
-//! | a trace | a span `attempt` for each attempt of a retry or a hedge, with its outcome; [`AttemptHeadersLayer`] propagates it |
+//! | the log (`buttress=debug`, or one of the targets below) | an event for each rejection, each further attempt and each change of state, with `resilience.name`, `layer` and `reason`; DEBUG for calls, INFO and WARN for state changes, ERROR for invalid settings and panics of closures. `docs/events.md` of the repository lists all events |
+//! | a trace | a span `attempt` for each attempt of a retry or a hedge, with its outcome; [`AttemptHeadersLayer`] writes its context to the headers |
 //! | `/metrics` (feature `observe`) | the counts since the start and the current state of every layer that a [`Registry`](observe::Registry) watches |
 //! | the live page (feature `dashboard`) | the state of every layer with its reason, five minutes of history, and the last decisions: see [`dashboard`](observe::dashboard) |
 //! | a handle's `snapshot()` | the same of one layer, for code |

@@ -68,7 +68,7 @@ pub trait ServiceBuilderExt<L>: Sized {
         self.add(layer)
     }
 
-    /// Writes headers to each attempt. Next to the client.
+    /// Writes headers to each attempt. Its position is next to the client.
     #[cfg(feature = "retry")]
     #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
     fn attempt_headers(

@@ -41,6 +41,7 @@ pub(crate) mod lock_log {
         static LOG: RefCell<Option<Vec<usize>>> = const { RefCell::new(None) };
     }
 
+    /// Records that the current thread takes the lock at this address.
     pub(super) fn record(address: usize) {
         LOG.with_borrow_mut(|log| log.iter_mut().for_each(|log| log.push(address)));
     }

@@ -1,5 +1,5 @@
-//! The cost of a scrape, as CPU time of the thread that reads the metrics, so that the load of the machine does not
-//! count. Fails if a cost exceeds its maximum.
+//! Measures the cost of a scrape as CPU time of the thread that reads the metrics. The load of the machine has no
+//! effect on this time. Fails if a cost exceeds its maximum.
 //!
 //! ```sh
 //! cargo bench -p buttress-benches --bench scrape

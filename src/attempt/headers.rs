@@ -37,21 +37,23 @@ use crate::{
 /// # let _ = tower::ServiceExt::oneshot(client, Request::new(Body::new()));
 /// ```
 ///
-/// The closure receives the number of the attempt: 1 is the first one, and hedge attempts are counted, too. It runs
-/// once for each attempt that reaches this layer, in the call of the wrapped service. If the closure panics, the attempt
-/// is sent with the headers that the closure has written, and an ERROR event reports the panic.
+/// The closure receives the number of the attempt ([`Attempt`](crate::retry::Attempt)): 1 is the first one. The number
+/// of a hedge attempt is that of the first attempt plus its own. With a hedge inside of a retry, two attempts of a call
+/// can therefore have the same number. The closure runs once for each attempt that reaches this layer, before the layer
+/// calls the wrapped service. If the closure panics, the attempt is sent with the headers that the closure has written,
+/// and an ERROR event reports the panic.
 ///
 /// # In the stack
 ///
-/// Put the layer inside of the retry and the hedge, next to the client. Attempts that a circuit breaker or a limit
-/// rejects then do not run the closure. It works for gRPC as well, because the request of a generated client is an
+/// Put the layer inside of the retry and the hedge, next to the client. The closure then does not run for attempts that
+/// a circuit breaker or a limit rejects. The layer works for gRPC, too, because the request of a generated client is an
 /// `http::Request`. The ready-made clients have the method `attempt_headers`.
 ///
 /// # Traces
 ///
-/// Retry and hedge give each attempt a span `attempt` of tracing, in which the wrapped service is called. So the closure
-/// and the inner layers see the span of their attempt as `tracing::Span::current()`. There are two positions from which
-/// a trace is propagated with OpenTelemetry:
+/// Retry and hedge call the wrapped service inside of a `tracing` span `attempt`, one for each attempt. In the closure
+/// and in the inner layers, `tracing::Span::current()` returns the span of their attempt. There are two ways to
+/// propagate a trace with OpenTelemetry:
 ///
 /// 1. This layer writes the context of the attempt's span. No further span is made.
 ///
@@ -85,9 +87,9 @@ use crate::{
 ///    # let _ = tower::ServiceExt::oneshot(client, Request::new(Body::new()));
 ///    ```
 ///
-/// 2. A layer that makes the client spans of OpenTelemetry (`SPAN_KIND_CLIENT`) and injects their context, such as that
-///    of `tower-otel`, is put at the same place. Each attempt then has a client span, whose parent is the span of the
-///    attempt. Such a layer can read [`Attempt`](crate::retry::Attempt) from the extensions of the request for its
+/// 2. A layer at the same position, such as that of `tower-otel`, makes the client spans of OpenTelemetry
+///    (`SPAN_KIND_CLIENT`) and injects their context. Each attempt then has a client span, whose parent is the span of
+///    the attempt. Such a layer can read [`Attempt`](crate::retry::Attempt) from the extensions of the request for its
 ///    `http.request.resend_count`.
 ///
 ///    ```
@@ -147,13 +149,14 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone, Default)]
 pub struct AttemptHeadersLayer {
-    /// `None` in a ready-made stack without a closure, which then costs nothing.
+    /// `None` in a ready-made stack without a closure: its requests are not changed.
     hook: Option<Arc<HeaderHook>>,
 }
 
-/// A closure of the user that writes the headers of an attempt.
+/// A closure of the application that writes the headers of an attempt.
 type WriteHeaders = dyn Fn(u32, &mut HeaderMap) + Send + Sync;
 
+/// The closure of a layer, and the limit on the event of its panics.
 struct HeaderHook {
     write: Box<WriteHeaders>,
     panics: RepeatedEvent,
@@ -230,6 +233,7 @@ where
 }
 
 impl HeaderHook {
+    /// Runs the closure, and reports its panic.
     fn apply(&self, number: u32, headers: &mut HeaderMap) {
         if catch_panic(|| (self.write)(number, headers)).is_some() {
             return;

@@ -8,7 +8,7 @@ use crate::{event, outcome::Reason};
 
 /// The span of an attempt. `None` for a call without an attempt, or if no subscriber records DEBUG.
 ///
-/// Boxed, because the future of each call contains it. The allocation is small beside the cost of a span.
+/// The span is boxed, because the future of each call contains it. The allocation is small beside the cost of a span.
 #[derive(Debug)]
 pub(crate) struct AttemptSpan(#[cfg(feature = "tracing")] Option<Box<tracing::Span>>);
 
@@ -28,8 +28,8 @@ impl AttemptSpan {
         Self(None)
     }
 
-    /// Returns the span of a first attempt. There is none if no subscriber records DEBUG, because even entering a
-    /// disabled span has a cost.
+    /// Returns the span of a first attempt, or no span if no subscriber records DEBUG: even entering a disabled span
+    /// has a cost.
     #[inline]
     pub(crate) fn first<'a>(layer: LayerKind, name: impl FnOnce() -> &'a str) -> Self {
         if event::is_debug() { Self::begin(layer, name(), None) } else { Self(None) }
@@ -88,7 +88,7 @@ fn record(span: &tracing::Span, outcome: Outcome) {
     span.record("reason", outcome.reason().as_str());
 }
 
-/// An attempt whose span has not ended is dropped by its caller.
+/// Ends the span of an attempt that its caller drops.
 #[cfg(feature = "tracing")]
 impl Drop for AttemptSpan {
     #[inline]

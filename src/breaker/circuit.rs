@@ -116,8 +116,8 @@ pub(crate) struct Circuit {
 impl Circuit {
     /// Returns a circuit in a slot of its own, in which it is not registered.
     ///
-    /// `keyed` has the events of a keyed layer. Its map owns the circuit and evicts it when it is idle. Therefore each
-    /// call holds a counted reference.
+    /// `keyed` are the events of the keyed layer that the circuit belongs to, or `None` for a circuit without a key.
+    /// The map of a keyed layer owns its circuits and evicts idle ones, so each call holds a counted reference.
     pub(super) fn new(
         trip: Trip,
         settings: CircuitSettings,
@@ -353,8 +353,8 @@ impl Circuit {
         }
     }
 
-    /// Wakes waiters and emits the events of a change. A change without effect on the reported state wakes waiters
-    /// nevertheless, because counts and probes start again.
+    /// Wakes waiters, emits the events of a change and reports it. A change without effect on the reported state wakes
+    /// waiters, too, because counts and probes start again.
     #[cold]
     fn notify_of(&self, change: Transition) {
         self.changed.notify_waiters();
@@ -583,7 +583,7 @@ impl Circuit {
     }
 }
 
-/// Returns the kind of a rejection, and the time until a retry may succeed.
+/// Returns the kind of a rejection, and the time in milliseconds after which a retry may succeed.
 fn describe(rejection: Rejection) -> (RejectedKind, Option<u64>) {
     let (kind, back_after) = match rejection {
         Rejection::Open { left } => (RejectedKind::Open, left),

@@ -1,4 +1,4 @@
-//! The events of the changes of circuits, and the limits on their number.
+//! The events of the changes of circuits, and the limits on the number of these events.
 
 use super::state::{ChangedBy, CircuitState, Transition};
 use crate::{
@@ -11,10 +11,11 @@ const LAYER: &str = LayerKind::CircuitBreaker.as_str();
 
 /// The events of one circuit, or of all circuits of a keyed layer.
 ///
-/// An event above DEBUG that an outage repeats is limited: the first occurrence is emitted at its level, and after that
-/// one in 10 s, with the number of `occurrences` since the previous one. The others are emitted at DEBUG. For a single
-/// circuit, this holds for the openings of an episode after the first one. For the circuits of a keyed layer, which an
-/// outage opens all at once, it holds for all openings and closings together.
+/// An event above DEBUG that an outage repeats is limited: the first occurrence is emitted at its level, and later ones
+/// at most once in 10 s, with the number of `occurrences` since the previous one. The others are emitted at DEBUG. For
+/// a single circuit, the limit applies to the openings of an episode after the first one. An outage can open all
+/// circuits of a keyed layer at once, so these share three limits: for first openings, for later openings and for
+/// closings.
 #[derive(Debug)]
 pub(super) struct CircuitEvents {
     opened: RepeatedEvent,
@@ -24,6 +25,7 @@ pub(super) struct CircuitEvents {
 }
 
 impl CircuitEvents {
+    /// Returns the events of a circuit without a key.
     pub(super) fn of_one() -> Self {
         Self {
             opened: RepeatedEvent::new(),
@@ -33,6 +35,7 @@ impl CircuitEvents {
         }
     }
 
+    /// Returns the events that all circuits of a keyed layer share.
     pub(super) fn of_keyed() -> Self {
         Self { is_keyed: true, ..Self::of_one() }
     }

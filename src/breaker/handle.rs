@@ -152,7 +152,7 @@ impl CircuitBreakerHandle {
     pub fn set_shadow(&self, on: bool) {
         self.0.set_configured();
         self.0.set_shadow(on);
-        self.changed_setting("shadow");
+        self.report_setting("shadow");
     }
 
     /// Records an outcome that does not come from a call of the layer, for example of a health probe.
@@ -181,7 +181,7 @@ impl CircuitBreakerHandle {
         });
         if fits {
             self.0.set_configured();
-            self.changed_setting("trip");
+            self.report_setting("trip");
             return Ok(());
         }
         let remedy = "keep the kinds, the windows and the order of the rules, or build a new layer";
@@ -260,7 +260,7 @@ impl CircuitBreakerHandle {
         let max_wait = ConfigError::above_zero("half_open_queue.max_wait", max_wait)?;
         self.0.set_configured();
         self.0.set_half_open_queue(callers, max_wait);
-        self.changed_setting("half_open_queue");
+        self.report_setting("half_open_queue");
         Ok(())
     }
 
@@ -279,11 +279,11 @@ impl CircuitBreakerHandle {
     fn configure(&self, key: &'static str, change: impl FnOnce(&mut CircuitSettings)) {
         self.0.set_configured();
         self.0.configure(change);
-        self.changed_setting(key);
+        self.report_setting(key);
     }
 
     /// Reports a setting that has changed.
-    fn changed_setting(&self, key: &'static str) {
+    fn report_setting(&self, key: &'static str) {
         let layer = LayerKind::CircuitBreaker.as_str();
         settings_changed!(breaker, self.0.is_in_use(), layer, self.0.named(), key);
     }

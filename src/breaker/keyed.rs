@@ -105,7 +105,7 @@ pub(super) struct KeyFns<Q> {
     pub(super) write_name: WriteKeyName<Q>,
 }
 
-/// Writes the name of a key. Runs user code if the type of the key is the user's.
+/// Writes the name of a key. It may run user code, the `Display` of the key.
 type WriteKeyName<Q> = fn(&Q, &mut ShortName) -> fmt::Result;
 
 /// The circuits of a keyed layer.
@@ -480,12 +480,13 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
         self.set(|circuits| circuits.set_max_key_bytes(max_key_bytes))
     }
 
-    /// Adds the key to the names of the circuits: in events, and in the metrics of as many keys as the registry
-    /// [permits](crate::observe::Registry::set_max_keys). Without it, the circuits have no names of their own.
+    /// Adds the key to the name of each circuit, in events and in metrics. Without this setting, the circuits have no
+    /// names of their own. The metrics contain at most as many keys as
+    /// [`Registry::set_max_keys`](crate::observe::Registry::set_max_keys) permits.
     ///
-    /// A name is shortened to 256 bytes. Use it only for keys that may be in logs: not for API keys or user names. It
-    /// applies to circuits of keys that arrive from now on. The circuits of
-    /// [`per_origin`](super::layer::CircuitBreakerLayer::per_origin) have names without it.
+    /// A name is shortened to 256 bytes. Use this setting only for keys that may be in logs: not for API keys or user
+    /// names. It applies to circuits that are made from now on. The circuits of
+    /// [`per_origin`](super::layer::CircuitBreakerLayer::per_origin) have names without this setting.
     pub fn named_keys(self) -> Self
     where
         Id: fmt::Display,
@@ -573,7 +574,7 @@ impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
     /// Returns an error for 0.
     pub fn set_max_keys(&self, max_keys: usize) -> Result<(), ConfigError> {
         self.0.set_max_keys(max_keys)?;
-        self.changed_setting("max_keys");
+        self.report_setting("max_keys");
         Ok(())
     }
 
@@ -584,12 +585,12 @@ impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
     /// Returns an error for 0.
     pub fn set_max_key_bytes(&self, max_key_bytes: usize) -> Result<(), ConfigError> {
         self.0.set_max_key_bytes(max_key_bytes)?;
-        self.changed_setting("max_key_bytes");
+        self.report_setting("max_key_bytes");
         Ok(())
     }
 
     /// Reports a setting that has changed.
-    fn changed_setting(&self, key: &'static str) {
+    fn report_setting(&self, key: &'static str) {
         let is_in_use = self.0.is_in_use.load(Ordering::Relaxed);
         let layer = LayerKind::CircuitBreaker.as_str();
         settings_changed!(breaker, is_in_use, layer, self.0.template.named(), key);
@@ -650,7 +651,8 @@ pub(super) struct KeyedCircuit {
 
 #[cfg(feature = "observe")]
 impl KeyedCircuit {
-    /// Orders circuits: first those with a name that are not closed, then those that have rejected the most calls.
+    /// Returns the sort key of a circuit: circuits with names first, of these the ones that are not closed, and of
+    /// these the ones that have rejected the most calls.
     pub(super) fn rank(&self) -> impl Ord + '_ {
         let is_closed = self.state == CircuitState::Closed;
         (self.key.is_empty(), is_closed, Reverse(self.rejected), &self.key)

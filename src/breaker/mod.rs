@@ -154,7 +154,7 @@
 //! The [snapshot](CircuitBreakerSnapshot::half_open) contains the numbers of probes that passed and failed, the number
 //! of successes that close the circuit, and the total number of probes. The events "circuit closed" and "circuit opened"
 //! have the fields `passed`, `failed` and `probes` (the total) if probes decided. An episode begins with a trip and ends
-//! when the circuit is closed: its first opening is at WARN, and later ones are at INFO.
+//! when the circuit is closed. Its first opening is a WARN event, and later ones are INFO events.
 //!
 //! After closing, a [ramp](CircuitBreakerLayer::ramp) admits a tenth of the calls at first, and a growing share of them
 //! over its duration. The other calls are rejected as [`Recovering`](crate::outcome::RejectedKind::Recovering).

@@ -168,7 +168,7 @@ pub(super) struct Transition {
     pub(super) probes: Option<HalfOpenProgress>,
     /// The open time of the trip. 0 without one.
     pub(super) open_for: Nanos,
-    /// The episode of which the change is a part, which ends if the change closes the circuit.
+    /// The episode that the change belongs to. The episode ends if the change closes the circuit.
     pub(super) episode: Option<OpenEpisode>,
     /// The origin of a change that neither calls nor time caused.
     pub(super) by: Option<ChangedBy>,
@@ -193,6 +193,7 @@ pub(super) enum ChangedBy {
 }
 
 impl ChangedBy {
+    /// Returns the origin as in the field `by` of events.
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Hand => "hand",

@@ -104,7 +104,7 @@ impl ConnectHandle {
     /// Fails if the maximum is zero. The setting is then unchanged.
     pub fn set_max_per_host(&self, max: usize) -> Result<(), ConfigError> {
         self.0.set_max_per_host(one_or_more("max_per_host", max)?);
-        self.changed("max_per_host");
+        self.report_setting("max_per_host");
         Ok(())
     }
 
@@ -116,7 +116,7 @@ impl ConnectHandle {
     /// Fails if the maximum is zero. The setting is then unchanged.
     pub fn set_max_total(&self, max: usize) -> Result<(), ConfigError> {
         self.0.set_max_total(one_or_more("max_total", max)?);
-        self.changed("max_total");
+        self.report_setting("max_total");
         Ok(())
     }
 
@@ -133,7 +133,7 @@ impl ConnectHandle {
         }
         self.0.settings.max_wait.store(nanos(max_wait), Ordering::Relaxed);
         self.0.settings.queue_length.store(length, Ordering::Relaxed);
-        self.changed("queue");
+        self.report_setting("queue");
         Ok(())
     }
 
@@ -181,7 +181,7 @@ impl ConnectHandle {
             return Err(ConfigError::new("jitter", share, "use 0 to 0.9"));
         }
         self.0.settings.jitter.store((share * 1000.0) as u32, Ordering::Relaxed);
-        self.changed("jitter");
+        self.report_setting("jitter");
         Ok(())
     }
 
@@ -205,12 +205,12 @@ impl ConnectHandle {
             None => NEVER,
         };
         setting.store(limit, Ordering::Relaxed);
-        self.changed(field);
+        self.report_setting(field);
         Ok(())
     }
 
     /// Reports a setting that has changed.
-    fn changed(&self, key: &'static str) {
+    fn report_setting(&self, key: &'static str) {
         let layer = LayerKind::Connect.as_str();
         settings_changed!(connect, self.0.is_in_use(), layer, self.0.name(), key);
     }

@@ -410,8 +410,8 @@ impl ConnectState {
         event!(connect, DEBUG, LAYER, self.name(), took_ms = ms(took), "connection opened");
     }
 
-    /// Emits the event of a connect that has failed. The error is not a part of it, because its text may contain an
-    /// address.
+    /// Emits the event of a connect that has failed. The event does not contain the error, because the text of the
+    /// error may contain an address.
     pub(super) fn notify_of_failed(&self, reason: &'static str, took: Duration) {
         event!(
             connect,

@@ -155,7 +155,7 @@ impl DeadlineHandle {
     /// Fails if the time is zero.
     pub fn set_default(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
         set(&self.times.default, above_zero("default_of", time.into())?);
-        self.changed("default_of");
+        self.report_setting("default_of");
         Ok(())
     }
 
@@ -167,7 +167,7 @@ impl DeadlineHandle {
     /// Fails if the time is zero.
     pub fn set_max(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
         set(&self.times.max, above_zero("max", time.into())?);
-        self.changed("max");
+        self.report_setting("max");
         Ok(())
     }
 
@@ -175,11 +175,11 @@ impl DeadlineHandle {
     /// calls that begin from now on.
     pub fn set_reserve(&self, time: impl Into<Option<Duration>>) {
         set(&self.times.reserve, time.into());
-        self.changed("reserve");
+        self.report_setting("reserve");
     }
 
     /// Reports a setting that has changed.
-    fn changed(&self, key: &'static str) {
+    fn report_setting(&self, key: &'static str) {
         settings_changed!(timeout, self.times.is_used(), LayerKind::Deadline.as_str(), "", key);
     }
 }

@@ -203,7 +203,7 @@ impl Check {
 
 /// A run of a check that failed.
 struct FailedCheck {
-    /// `error`, `timeout` or `panicked`.
+    /// The cause: `error`, `timeout` or `panicked`.
     reason: &'static str,
     why: String,
 }

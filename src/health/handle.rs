@@ -106,7 +106,7 @@ impl HealthProbeHandle {
     /// Returns an error if the delay is zero.
     pub fn set_every(&self, delay: Duration) -> Result<(), ConfigError> {
         self.0.set_every(delay)?;
-        self.changed_setting("every");
+        self.report_setting("every");
         Ok(())
     }
 
@@ -117,7 +117,7 @@ impl HealthProbeHandle {
     /// Returns an error if the delay is zero.
     pub fn set_every_while_down(&self, delay: Duration) -> Result<(), ConfigError> {
         self.0.set_every_while_down(delay)?;
-        self.changed_setting("every_while_down");
+        self.report_setting("every_while_down");
         Ok(())
     }
 
@@ -128,7 +128,7 @@ impl HealthProbeHandle {
     /// Returns an error if the ratio is not from 0 to 1.
     pub fn set_jitter(&self, ratio: f64) -> Result<(), ConfigError> {
         self.0.set_jitter(ratio)?;
-        self.changed_setting("jitter");
+        self.report_setting("jitter");
         Ok(())
     }
 
@@ -139,7 +139,7 @@ impl HealthProbeHandle {
     /// Returns an error if the timeout is zero.
     pub fn set_timeout(&self, timeout: Duration) -> Result<(), ConfigError> {
         self.0.set_timeout(timeout)?;
-        self.changed_setting("timeout");
+        self.report_setting("timeout");
         Ok(())
     }
 
@@ -151,7 +151,7 @@ impl HealthProbeHandle {
     /// Returns an error if a threshold is 0.
     pub fn set_thresholds(&self, rise: u32, fall: u32) -> Result<(), ConfigError> {
         self.0.set_thresholds(rise, fall)?;
-        self.changed_setting("thresholds");
+        self.report_setting("thresholds");
         Ok(())
     }
 
@@ -159,23 +159,23 @@ impl HealthProbeHandle {
     /// probes without a status.
     pub fn set_immediate_failure(&self, on: bool) {
         self.0.set_immediate_failure(on);
-        self.changed_setting("immediate_failure");
+        self.report_setting("immediate_failure");
     }
 
     /// Sets whether the layer is [`passive`](super::layer::HealthProbeLayer::passive).
     pub fn set_passive(&self, on: bool) {
         self.0.set_passive(on);
-        self.changed_setting("passive");
+        self.report_setting("passive");
     }
 
     /// Sets whether the layer is in [shadow mode](super::layer::HealthProbeLayer::shadow).
     pub fn set_shadow(&self, on: bool) {
         self.0.set_shadow(on);
-        self.changed_setting("shadow");
+        self.report_setting("shadow");
     }
 
     /// Reports a setting that has changed.
-    fn changed_setting(&self, key: &'static str) {
+    fn report_setting(&self, key: &'static str) {
         let layer = LayerKind::HealthProbe.as_str();
         settings_changed!(health, self.0.is_in_use(), layer, self.0.name(), key);
     }

@@ -52,7 +52,7 @@ impl HedgeHandle {
             return Err(ConfigError::new("max_hedges", hedges, "use 1 to 10 hedge attempts"));
         }
         self.0.max_hedges.store(hedges, Ordering::Relaxed);
-        self.changed("max_hedges");
+        self.report_setting("max_hedges");
         Ok(())
     }
 
@@ -60,18 +60,18 @@ impl HedgeHandle {
     /// [`max_replay_bytes`](super::layer::HedgeLayer::max_replay_bytes) does.
     pub fn set_max_replay_bytes(&self, bytes: u64) {
         self.0.max_replay_bytes.store(bytes, Ordering::Relaxed);
-        self.changed("max_replay_bytes");
+        self.report_setting("max_replay_bytes");
     }
 
     /// Sets whether every request is safe to be sent more than once, as
     /// [`assume_idempotent`](super::layer::HedgeLayer::assume_idempotent) does.
     pub fn set_assume_idempotent(&self, all: bool) {
         self.0.assume_idempotent.store(all, Ordering::Relaxed);
-        self.changed("assume_idempotent");
+        self.report_setting("assume_idempotent");
     }
 
     /// Reports a setting that has changed.
-    fn changed(&self, key: &'static str) {
+    fn report_setting(&self, key: &'static str) {
         settings_changed!(hedge, self.0.is_in_use(), LAYER, self.0.name(), key);
     }
 }

@@ -61,9 +61,10 @@
 //! receives `http::Request<ReplayBody<B>>`, as under a retry.
 //!
 //! The extensions of a hedge attempt contain [`HedgeAttempt`], and an [`Attempt`](crate::attempt::Attempt) whose number
-//! is that of the first attempt plus the number of the hedge attempt. Over gRPC, `grpc-previous-rpc-attempts` is greater by one for each hedge attempt (gRFC A6). The
-//! extensions of the response contain [`Hedged`] if a hedge attempt was sent. If an inner limit rejects a hedge
-//! attempt, no further one is sent for this call, and the attempts in flight decide.
+//! is that of the first attempt plus the number of the hedge attempt. Over gRPC, `grpc-previous-rpc-attempts` is
+//! greater by one for each hedge attempt (gRFC A6). The extensions of the response contain [`Hedged`] if a hedge
+//! attempt was sent. If an inner limit rejects a hedge attempt, no further one is sent for this call, and the attempts
+//! in flight decide.
 //!
 //! # Bodies
 //!
@@ -85,8 +86,8 @@
 //!
 //! Each attempt has a span `attempt` at DEBUG, as under a [retry](crate::retry#telemetry). A hedge attempt is a sibling
 //! of the first attempt: its field `hedge` is `true`, and `http.request.resend_count` is its number. An attempt that is
-//! dropped because another one has won ends as `cancelled`, with the reason `superseded`. Each decision about a hedge
-//! attempt is an event at DEBUG.
+//! dropped because another one has won ends as `cancelled`, with the reason `superseded`. Each hedge attempt that is
+//! sent, or that is due and not sent, emits an event at DEBUG, and so does the end of a call with hedge attempts.
 //!
 //! # Cost
 //!

@@ -165,7 +165,7 @@ impl<F, P> SpannedAttempt<F, P> {
         Self { attempt: AttemptFuture::new(future), span }
     }
 
-    /// Polls for the class and outcome of the attempt, inside of its span. The outcome ends the span.
+    /// Polls for the class and the outcome of the attempt inside of its span, and ends the span with the outcome.
     fn poll_outcome<M, Res, E>(
         self: Pin<&mut Self>,
         protocol: &M,
@@ -407,7 +407,8 @@ impl HedgeSettings {
         );
     }
 
-    /// Reports the end of a call for which hedge attempts were sent. `won`: it returns the response of one of them.
+    /// Emits the event of the end of a call for which hedge attempts were sent. `won`: the call returns the response of
+    /// one of them.
     fn notify_of_end(&self, outcome: Outcome, won: bool, sent: u32) {
         macro_rules! emit {
             ($message:literal) => {

@@ -139,22 +139,23 @@ impl Lifecycle {
     /// Sets the [time in *draining*](Self::drain_delay). Has no effect after *draining* has begun.
     pub fn set_drain_delay(&self, delay: Duration) {
         self.0.times(|times| times.delay = delay);
-        self.changed_setting("drain_delay");
+        self.report_setting("drain_delay");
     }
 
     /// Sets the [grace](Self::grace). Has no effect after *stopping* has begun.
     pub fn set_grace(&self, grace: Duration) {
         self.0.times(|times| times.grace = grace);
-        self.changed_setting("grace");
+        self.report_setting("grace");
     }
 
     /// Sets the [drain timeout](Self::drain_timeout). Has no effect after the [grace](Self::grace).
     pub fn set_drain_timeout(&self, timeout: Duration) {
         self.0.times(|times| times.timeout = timeout);
-        self.changed_setting("drain_timeout");
+        self.report_setting("drain_timeout");
     }
 
-    fn changed_setting(&self, key: &'static str) {
+    /// Emits the event of a setting that has changed.
+    fn report_setting(&self, key: &'static str) {
         settings_changed!(lifecycle, true, LayerKind::Lifecycle.as_str(), "", key);
     }
 

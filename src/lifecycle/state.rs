@@ -240,7 +240,7 @@ impl LifecycleState {
         }
     }
 
-    /// Emits the event of a server that has drained.
+    /// Emits the event of the end of `serve` or `run`. Must be called without a lock.
     pub(super) fn notify_of_drained(&self, drained: &Drained) {
         let took = self.drain_began.get().map(|began| began.elapsed());
         macro_rules! emit {

@@ -178,7 +178,7 @@ impl ConcurrencyLimitHandle {
         let within = checked_bounds(bounds.clone())?;
         let remedy = match self.0.set_bounds(within) {
             Some(true) => {
-                self.changed("bounds");
+                self.report_setting("bounds");
                 return Ok(());
             }
             Some(false) => "set the limit: it has no bounds",
@@ -196,7 +196,7 @@ impl ConcurrencyLimitHandle {
     /// Returns an error for the values that [`queue`](super::layer::ConcurrencyLimitLayer::queue) rejects.
     pub fn set_queue(&self, length: usize, max_wait: Duration) -> Result<(), ConfigError> {
         self.0.set_queue(checked_queue(length, max_wait)?, max_wait);
-        self.changed("queue");
+        self.report_setting("queue");
         Ok(())
     }
 
@@ -207,7 +207,7 @@ impl ConcurrencyLimitHandle {
     /// Returns an error for an adaptive order with a time of zero.
     pub fn set_queue_order(&self, order: QueueOrder) -> Result<(), ConfigError> {
         self.0.set_order(checked_order(order)?);
-        self.changed("queue_order");
+        self.report_setting("queue_order");
         Ok(())
     }
 
@@ -215,7 +215,7 @@ impl ConcurrencyLimitHandle {
     /// does.
     pub fn set_retry_after(&self, after: Duration) {
         self.0.set_retry_after(after);
-        self.changed("retry_after");
+        self.report_setting("retry_after");
     }
 
     /// Sets the time after which a response that its client does not read releases its permit, as
@@ -227,7 +227,7 @@ impl ConcurrencyLimitHandle {
     /// Returns an error for a time of zero.
     pub fn set_max_unread(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
         self.0.set_max_unread(checked_max_unread(time.into())?);
-        self.changed("max_unread");
+        self.report_setting("max_unread");
         Ok(())
     }
 
@@ -235,7 +235,7 @@ impl ConcurrencyLimitHandle {
     /// [`exempt_grpc_health`](super::layer::ConcurrencyLimitLayer::exempt_grpc_health) does.
     pub fn set_exempt_grpc_health(&self, on: bool) {
         self.0.set_exempts_health(on);
-        self.changed("exempt_grpc_health");
+        self.report_setting("exempt_grpc_health");
     }
 
     /// Turns shadow mode on or off. In shadow mode no call is rejected, and no further call joins the queue.
@@ -244,14 +244,14 @@ impl ConcurrencyLimitHandle {
     /// admitted.
     pub fn set_shadow(&self, on: bool) {
         self.0.set_shadow(on);
-        self.changed("shadow");
+        self.report_setting("shadow");
     }
 
     /// Sets whether a call releases its permit at its response head, as
     /// [`release_at_head`](super::layer::ConcurrencyLimitLayer::release_at_head) does.
     pub fn set_release_at_head(&self, on: bool) {
         self.0.set_release_at_head(on);
-        self.changed("release_at_head");
+        self.report_setting("release_at_head");
     }
 
     /// Sets whether an adaptive limit measures calls to the end of the response body, as
@@ -259,7 +259,7 @@ impl ConcurrencyLimitHandle {
     pub fn set_until_body_end(&self, on: bool) {
         if let Some(adaptive) = self.0.adaptive() {
             adaptive.set_until_body_end(on);
-            self.changed("until_body_end");
+            self.report_setting("until_body_end");
         }
     }
 
@@ -277,13 +277,13 @@ impl ConcurrencyLimitHandle {
         let time = checked_cancelled_after(time.into(), adaptive.is_some())?;
         if let Some(adaptive) = adaptive {
             adaptive.set_count_cancelled_after(time);
-            self.changed("count_cancelled_after");
+            self.report_setting("count_cancelled_after");
         }
         Ok(())
     }
 
     /// Reports a setting that has changed.
-    fn changed(&self, key: &'static str) {
+    fn report_setting(&self, key: &'static str) {
         let layer = LayerKind::ConcurrencyLimit.as_str();
         settings_changed!(limit, self.0.is_in_use(), layer, self.0.name(), key);
     }

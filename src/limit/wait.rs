@@ -51,8 +51,8 @@ impl PermitWait {
 /// A queue entry. Its drop removes the entry, or passes on the permit that the entry has received.
 struct OwnedEntry {
     entry: Option<(SharedLimiter, EntryId)>,
-    /// The time at which the entry joined the queue. The queue counts the wait under its lock; the caller exports it,
-    /// because the export calls user code, which may read the trace of the call.
+    /// The time at which the entry joined the queue. The queue counts the wait under its lock. The future of the caller
+    /// exports it without the lock, because the export runs user code, which may read the trace of the call.
     since: Option<Instant>,
 }
 
@@ -64,6 +64,7 @@ impl OwnedEntry {
         Some((limiter, position))
     }
 
+    /// Exports the wait of the entry.
     fn export(&self, limiter: &SharedLimiter, result: WaitResult) {
         if let Some(since) = self.since {
             limiter.export_wait(result, since);
@@ -124,7 +125,7 @@ impl Future for PermitWait {
         // The entry may receive a permit before it is removed here. In that case `leave` passes the permit to the next
         // entry.
         if let Some((limiter, position)) = this.entry.leave() {
-            // A permit that was received after the last poll counts as admitted unless the timeout was recorded before.
+            // If the entry received a permit before the timeout was recorded, the queue has counted it as admitted.
             let is_granted = was_granted || !was_queued && position == Position::Granted;
             let result = if is_granted { WaitResult::Admitted } else { WaitResult::Rejected };
             this.entry.export(&limiter, result);

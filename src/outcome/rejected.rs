@@ -108,7 +108,7 @@ impl Rejected {
         self
     }
 
-    /// Reports the rejection, and returns it.
+    /// Emits the event of this rejection, and returns the rejection.
     #[inline]
     pub(crate) fn reported(self) -> Self {
         if event::is_debug() {
@@ -217,8 +217,8 @@ impl Rejected {
     }
 }
 
-/// Emits the event "call rejected": the event of all layers that reject a call. `is_shadow`: the layer is in shadow mode
-/// and admits the call.
+/// Emits the event "call rejected", which all layers share. `is_shadow`: the layer is in shadow mode and admits the
+/// call.
 #[inline]
 pub(crate) fn report_rejection(
     layer: LayerKind,
@@ -263,7 +263,7 @@ fn emit_rejection(
         LayerKind::Retry => emit!(retry),
         LayerKind::Connect => emit!(connect),
         LayerKind::Timeout | LayerKind::ServerTimeout | LayerKind::Deadline => emit!(timeout),
-        // These reject no call by themselves, or report it as the application does.
+        // These kinds reject no call. The application reports its own rejections (`User`).
         LayerKind::HealthCheck
         | LayerKind::Listener
         | LayerKind::Hedge

@@ -116,7 +116,7 @@ impl<D> OwnBody<D> {
 
 /// Data that a layer makes while its response is read.
 pub(crate) trait DataStream: Send + Sync {
-    /// Returns the next data, or `None` at the end. It is not called after the end.
+    /// Returns the next data, or `None` at the end. Must not be called after the end.
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>>;
 }
 

@@ -63,7 +63,7 @@ impl RetryHandle {
             return Err(ConfigError::new("attempts", attempts, "use 1 or more"));
         }
         self.0.set_unchecked(|policy| policy.attempts = attempts);
-        self.changed("attempts");
+        self.report_setting("attempts");
         Ok(())
     }
 
@@ -75,7 +75,7 @@ impl RetryHandle {
     pub fn set_backoff(&self, backoff: Backoff) -> Result<(), ConfigError> {
         backoff.check()?;
         self.0.set_unchecked(|policy| policy.delays = backoff.into());
-        self.changed("backoff");
+        self.report_setting("backoff");
         Ok(())
     }
 
@@ -86,7 +86,7 @@ impl RetryHandle {
     {
         let start = Arc::new(move || Box::new(start()) as Box<_>);
         self.0.set_unchecked(|policy| policy.delays = DelaySource::Custom(start));
-        self.changed("backoff_with");
+        self.report_setting("backoff_with");
     }
 
     /// Sets the maximum number of retries for one kind of failure, as
@@ -102,7 +102,7 @@ impl RetryHandle {
     ) -> Result<(), ConfigError> {
         let retries = retries.into();
         self.0.try_set(|policy| policy.max_retries[kind as usize] = retries)?;
-        self.changed("max_retries_for");
+        self.report_setting("max_retries_for");
         Ok(())
     }
 
@@ -116,7 +116,7 @@ impl RetryHandle {
             return Err(ConfigError::new("hint_jitter", share, "use 0 to 10, such as 0.5"));
         }
         self.0.set_unchecked(|policy| policy.hint = HintMode::Above { jitter: share });
-        self.changed("hint_jitter");
+        self.report_setting("hint_jitter");
         Ok(())
     }
 
@@ -124,20 +124,20 @@ impl RetryHandle {
     /// [`max_hint_extension`](super::layer::RetryLayer::max_hint_extension) does.
     pub fn set_max_hint_extension(&self, max: Duration) {
         self.0.set_unchecked(|policy| policy.hint = HintMode::Within(max));
-        self.changed("max_hint_extension");
+        self.report_setting("max_hint_extension");
     }
 
     /// Sets the maximum delay before an attempt, as [`max_wait`](super::layer::RetryLayer::max_wait) does.
     pub fn set_max_wait(&self, wait: impl Into<Option<Duration>>) {
         let wait = wait.into();
         self.0.set_unchecked(|policy| policy.max_wait = wait);
-        self.changed("max_wait");
+        self.report_setting("max_wait");
     }
 
     /// Sets the minimum time for an attempt, as [`min_attempt_time`](super::layer::RetryLayer::min_attempt_time) does.
     pub fn set_min_attempt_time(&self, time: Duration) {
         self.0.set_unchecked(|policy| policy.min_attempt_time = time);
-        self.changed("min_attempt_time");
+        self.report_setting("min_attempt_time");
     }
 
     /// Sets whether a rejection by an inner layer is retried, as
@@ -148,7 +148,7 @@ impl RetryHandle {
     /// The setting contradicts another one.
     pub fn set_wait_on_rejection(&self, wait: bool) -> Result<(), ConfigError> {
         self.0.try_set(|policy| policy.wait_on_rejection = wait)?;
-        self.changed("wait_on_rejection");
+        self.report_setting("wait_on_rejection");
         Ok(())
     }
 
@@ -156,14 +156,14 @@ impl RetryHandle {
     /// [`max_replay_bytes`](super::layer::RetryLayer::max_replay_bytes) does. It applies to calls that begin later.
     pub fn set_max_replay_bytes(&self, bytes: u64) {
         self.0.set_max_replay_bytes(bytes);
-        self.changed("max_replay_bytes");
+        self.report_setting("max_replay_bytes");
     }
 
     /// Sets the maximum number of bytes that are drained from a discarded response, as
     /// [`max_drain_bytes`](super::layer::RetryLayer::max_drain_bytes) does.
     pub fn set_max_drain_bytes(&self, bytes: u64) {
         self.0.set_unchecked(|policy| policy.max_drain_bytes = bytes);
-        self.changed("max_drain_bytes");
+        self.report_setting("max_drain_bytes");
     }
 
     /// Sets whether every request is safe to repeat, as
@@ -172,7 +172,7 @@ impl RetryHandle {
     pub fn set_assume_idempotent(&self, all: bool) {
         let safe = if all { SafeRequests::All } else { SafeRequests::Idempotent };
         self.0.set_unchecked(|policy| policy.safe_requests = safe);
-        self.changed("assume_idempotent");
+        self.report_setting("assume_idempotent");
     }
 
     // ===== HTTP: without effect on a layer with a closure that classifies =====
@@ -181,7 +181,7 @@ impl RetryHandle {
     pub fn set_methods(&self, methods: impl IntoIterator<Item = Method>) {
         let methods = methods.into_iter().collect();
         self.0.set_unchecked(|policy| policy.safe_requests = SafeRequests::Methods(methods));
-        self.changed("methods");
+        self.report_setting("methods");
     }
 
     /// Sets the maximum time of an attempt, as [`attempt_timeout`](super::layer::RetryLayer::attempt_timeout) does. It
@@ -196,7 +196,7 @@ impl RetryHandle {
     ) -> Result<(), ConfigError> {
         let above_zero = |time| ConfigError::above_zero("attempt_timeout", time);
         self.0.set_attempt_timeout(time.into().map(above_zero).transpose()?);
-        self.changed("attempt_timeout");
+        self.report_setting("attempt_timeout");
         Ok(())
     }
 
@@ -208,7 +208,7 @@ impl RetryHandle {
     pub fn set_retry_on(&self, failure: impl Into<Failure>) -> Result<(), ConfigError> {
         let failure = failure.into();
         self.0.try_set(|policy| policy.overrides.set_override(failure, true))?;
-        self.changed("retry_on");
+        self.report_setting("retry_on");
         Ok(())
     }
 
@@ -220,7 +220,7 @@ impl RetryHandle {
     pub fn set_never_on(&self, failure: impl Into<Failure>) -> Result<(), ConfigError> {
         let failure = failure.into();
         self.0.try_set(|policy| policy.overrides.set_override(failure, false))?;
-        self.changed("never_on");
+        self.report_setting("never_on");
         Ok(())
     }
 
@@ -236,7 +236,7 @@ impl RetryHandle {
     ) -> Result<(), ConfigError> {
         let statuses = checked_unprocessed(statuses)?;
         self.0.try_set(|policy| policy.overrides.set_unprocessed(statuses))?;
-        self.changed("unprocessed");
+        self.report_setting("unprocessed");
         Ok(())
     }
 
@@ -246,11 +246,11 @@ impl RetryHandle {
         decide: impl Fn(&AttemptContext<'_>) -> Option<bool> + Send + Sync + 'static,
     ) {
         self.0.set_unchecked(|policy| policy.overrides.set_closure(Arc::new(decide)));
-        self.changed("retry_if");
+        self.report_setting("retry_if");
     }
 
     /// Reports a setting that has changed.
-    fn changed(&self, key: &'static str) {
+    fn report_setting(&self, key: &'static str) {
         let settings = &self.0;
         let (layer, name) = (LayerKind::Retry.as_str(), settings.name.as_str());
         settings_changed!(retry, settings.is_in_use(), layer, name, key);

@@ -158,10 +158,10 @@
 //! Each attempt has a span `attempt` at DEBUG, which ends when the response is classified. Its fields are
 //! `resilience.name`, `layer`, `hedge` (`false` for the attempts of a retry), `outcome` and `reason`. The span of a
 //! further attempt also has `http.request.resend_count`, as OpenTelemetry specifies, and `delay_ms`, the delay before
-//! the attempt. The spans of the attempts of one call are siblings. An attempt that its caller drops ends as
-//! `cancelled`.
+//! the attempt. The spans of the attempts of one call are siblings. The span of an attempt that its caller drops ends
+//! as `cancelled`.
 //!
-//! [`AttemptHeadersLayer`] writes `traceparent` or any other header to each attempt, and its page shows both ways to
+//! [`AttemptHeadersLayer`] writes `traceparent` or any other header to each attempt. Its page shows two ways to
 //! propagate a trace.
 //!
 //! Each decision about a retry is an event at DEBUG.

@@ -264,7 +264,8 @@ impl<S> RetryState<S> {
         outcome
     }
 
-    /// Emits the event of the end of a call that has been retried, or whose first attempt has failed.
+    /// Emits the event of the end of a call: "recovered" for a retried call that succeeds, otherwise "not retried". A
+    /// call without an attempt has no event.
     fn notify_of_end(&self, settings: &RetrySettings, stop: GiveUpReason, is_recovered: bool) {
         let name = settings.name.as_str();
         if is_recovered {

@@ -112,7 +112,7 @@ impl ClientStack {
     }
 
     /// Sets a closure that writes `traceparent` or any other header to each attempt, as
-    /// [`AttemptHeadersLayer`] does. None by default.
+    /// [`AttemptHeadersLayer`] does. By default there is no closure.
     pub fn attempt_headers(
         mut self,
         write: impl Fn(u32, &mut HeaderMap) + Send + Sync + 'static,

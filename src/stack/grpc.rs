@@ -115,8 +115,8 @@ impl<S> GrpcClient<S> {
 
 impl<S: Clone> GrpcClient<S> {
     /// Sets a closure that writes `traceparent` or any other header to each attempt, as
-    /// [`AttemptHeadersLayer`](crate::retry::AttemptHeadersLayer) does. None by default. Channel and state stay those of
-    /// this client.
+    /// [`AttemptHeadersLayer`](crate::retry::AttemptHeadersLayer) does. By default there is no closure. The client
+    /// keeps its channel and its state.
     #[must_use]
     pub fn attempt_headers(
         self,

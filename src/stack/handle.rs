@@ -162,7 +162,7 @@ impl StackSnapshot {
     }
 }
 
-/// Emits the event of an update and reports it. `fixed` are the keys of the settings that need a new stack.
+/// Emits the event of an update and reports the update. `fixed` are the keys of the settings that need a new stack.
 pub(super) fn notify_of_update(
     reports: &ReportCell,
     name: &str,

@@ -132,8 +132,8 @@ where
     B::Error: Into<BoxError>,
 {
     /// Sets a closure that writes `traceparent` or any other header to each attempt, as
-    /// [`AttemptHeadersLayer`](crate::retry::AttemptHeadersLayer) does. None by default. Connections and state stay
-    /// those of this client.
+    /// [`AttemptHeadersLayer`](crate::retry::AttemptHeadersLayer) does. By default there is no closure. The client
+    /// keeps its connections and its state.
     #[must_use]
     pub fn attempt_headers(
         self,

@@ -146,7 +146,8 @@ impl Release for MeterLayer {
     }
 
     fn record_head(&self, token: &mut Token, so_far: Outcome) {
-        // A server responds to a rejected call, so the rejection has a head. Its release counts it.
+        // A server stack responds to a rejected call, so the rejection has a response head. The release of the permit
+        // counts the rejection.
         if is_rejected(so_far) {
             return;
         }

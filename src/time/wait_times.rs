@@ -48,7 +48,8 @@ impl WaitTimes {
         self.0[result as usize].record(time);
     }
 
-    /// Exports a wait that has been counted, if a registry needs it. Calls user code, so the caller holds no lock.
+    /// Exports a wait that has been counted, if a registry needs it. It runs user code, so the caller must hold no
+    /// lock.
     pub(crate) fn export(&self, result: WaitResult, time: impl FnOnce() -> Duration) {
         self.0[result as usize].export(time, Instant::now);
     }

@@ -496,6 +496,7 @@ impl TimeoutHandle {
         self.set_keys("timeouts", timeouts)
     }
 
+    /// Sets timeouts, and reports the settings with these names as changed.
     fn set_keys(&self, keys: &'static str, timeouts: Timeouts) -> Result<(), ConfigError> {
         timeouts.check()?;
         self.0.set(timeouts);

@@ -47,13 +47,14 @@ impl Visit for LoggedEvent {
     }
 }
 
-/// The events of the current thread from a level upwards, until it is dropped.
+/// Records the events of the current thread from a level upwards. Dropping it ends the recording.
 pub struct EventLog {
     events: Arc<Mutex<Vec<LoggedEvent>>>,
     _guard: DefaultGuard,
 }
 
 impl EventLog {
+    /// Begins to record events at INFO and above.
     pub fn at_info() -> Self {
         let events = Arc::default();
         let _guard = listen(Recorder(Arc::clone(&events), Level::INFO));

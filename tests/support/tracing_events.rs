@@ -69,7 +69,7 @@ pub struct Entry {
     /// The message of an event, or the name of a span.
     pub message: String,
     pub level: String,
-    /// Without `buttress::`.
+    /// The target without `buttress::`.
     pub target: String,
     pub fields: BTreeMap<String, String>,
     /// The index of the parent of a span in the list of all spans.
@@ -106,6 +106,7 @@ pub struct EventLog {
 }
 
 impl EventLog {
+    /// Begins to record. Dropping the guard ends the recording.
     pub fn listen() -> (Self, DefaultGuard) {
         let log = Self::default();
         let guard = listen(registry().with(log.clone()));

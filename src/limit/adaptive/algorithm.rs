@@ -75,6 +75,7 @@ pub struct LimitChange {
 }
 
 impl LimitChange {
+    /// Returns the change to a limit that the handle sets.
     pub(super) const fn by_hand(limit: u32) -> Self {
         Self { limit, reason: ChangeReason::ByHand }
     }

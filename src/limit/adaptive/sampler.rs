@@ -57,7 +57,7 @@ struct SamplerState {
 }
 
 impl SamplerState {
-    /// Records a change of the limit and applies it. `apply` stores the limit and returns the one before.
+    /// Records a change of the limit and applies it. `apply` stores the limit and returns the previous limit.
     fn step(&mut self, change: LimitChange, apply: impl FnOnce(u32) -> u32) -> LimitStep {
         self.last_change = Some(change);
         self.changes[change.reason.index()] += 1;
@@ -66,7 +66,7 @@ impl SamplerState {
     }
 }
 
-/// A change of the limit, with the limit before.
+/// A change of the limit, with the previous limit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LimitStep {
     pub(crate) from: u32,
@@ -136,9 +136,9 @@ impl Sampler {
     }
 
     /// Sets the limit, or the nearest one that the algorithm allows. `apply` runs before another thread can change the
-    /// limit, and returns the limit before. Returns `None` if the algorithm panicked: then the limit keeps its value.
+    /// limit, and returns the previous limit. Returns `None` if the algorithm panicked: then the limit keeps its value.
     ///
-    /// `name` is the name of the limit, here and in the other methods.
+    /// `name` is the name of the limit for events, here and in the other methods.
     pub(in crate::limit) fn set_limit(
         &self,
         name: &str,

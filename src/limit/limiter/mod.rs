@@ -150,7 +150,7 @@ pub(crate) struct Limiter {
     health_watches: AtomicU32,
     counters: LimitCounters,
     label: NameCell,
-    /// The waits that the queue counts.
+    /// The waits that the queue counts. Shared with the queue, so that they are exported and read without its lock.
     wait_times: WaitTimes,
     /// Whether a layer has built a service with this limiter.
     is_in_use: AtomicBool,
@@ -239,7 +239,7 @@ impl Limiter {
         self.limit.load(Ordering::Relaxed)
     }
 
-    /// Stores the limit, and returns the one before.
+    /// Stores the limit, and returns the previous limit.
     fn store(&self, limit: u32) -> u32 {
         self.limit.swap(limit, Ordering::SeqCst)
     }
@@ -405,7 +405,7 @@ impl Limiter {
         }
     }
 
-    /// Follows a change of the limit by its algorithm.
+    /// Grants permits after a change of the limit by its algorithm, and emits the event of the change.
     #[inline]
     fn follow(&self, step: Option<LimitStep>) {
         if let Some(step) = step {

@@ -1,4 +1,4 @@
-//! The events of circuits with keys during an outage of all of them.
+//! The events of keyed circuits during an outage of all upstreams.
 
 use buttress::{BoxError, CircuitBreakerLayer, Trip};
 use http::{Request, Response};
@@ -9,7 +9,7 @@ use super::Body;
 use crate::support::{secs, tracing_events::EventLog};
 
 #[tokio::test(start_paused = true)]
-async fn outage_of_all_keys_writes_a_bounded_number_of_lines() {
+async fn outage_of_all_keys_emits_a_bounded_number_of_events() {
     let (log, _guard) = EventLog::listen();
     let breaker =
         CircuitBreakerLayer::new(Trip::consecutive(1)).open_for(secs(1)).name("upstreams");
@@ -47,14 +47,14 @@ async fn outage_of_all_keys_writes_a_bounded_number_of_lines() {
     let opened = of("circuit opened", "WARN");
     assert_eq!(opened.len(), 1, "{opened:?}");
     assert_eq!(opened[0].get("resilience.name"), "upstreams");
-    // One line in 10 s, whose counts add up.
+    // One event in 10 s. Their counts add up to the number of openings.
     let again = of("circuit opened", "INFO");
     assert_eq!(again.len(), 6, "{again:?}");
     let counted: u64 =
         again.iter().map(|event| event.get("occurrences").parse::<u64>().unwrap()).sum();
     assert!((1024 * 50..=1024 * 59).contains(&counted), "{counted}");
     assert_eq!(of("circuit closed", "INFO").len(), 1);
-    // Each circuit has lines of its own at DEBUG.
+    // At DEBUG each circuit has events of its own.
     assert_eq!(opened.len() + again.len() + of("circuit opened", "DEBUG").len(), 1024 * 60);
     assert_eq!(of("circuit closed", "DEBUG").len(), 1023);
 }

@@ -29,7 +29,7 @@ fn attempts(log: &EventLog) -> Vec<Entry> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_attempt_of_a_retry_has_a_span_under_that_of_its_caller() {
+async fn each_attempt_of_retry_has_span_under_span_of_caller() {
     let (log, _guard) = EventLog::listen();
     let backoff = Backoff::constant(ms(7)).without_jitter();
     let retry = RetryLayer::http().backoff(backoff).name("search");
@@ -49,7 +49,7 @@ async fn each_attempt_of_a_retry_has_a_span_under_that_of_its_caller() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hedge_attempt_is_a_sibling_and_the_loser_is_cancelled() {
+async fn span_of_hedge_attempt_is_sibling_and_superseded_attempt_is_cancelled() {
     let (log, _guard) = EventLog::listen();
     let slow_first = service_fn(|request: Request<_>| async move {
         let is_hedge = request.extensions().get::<HedgeAttempt>().is_some();
@@ -70,7 +70,7 @@ async fn a_hedge_attempt_is_a_sibling_and_the_loser_is_cancelled() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn span_of_a_dropped_attempt_is_cancelled() {
+async fn span_of_dropped_attempt_is_cancelled() {
     let (log, _guard) = EventLog::listen();
     let service = RetryLayer::http().layer(upstream([(200, secs(9))]));
     let call = call(service).instrument(info_span!("caller"));
@@ -81,9 +81,9 @@ async fn span_of_a_dropped_attempt_is_cancelled() {
     );
 }
 
-/// A hedge inside of a retry makes its spans under the span of the retry's attempt.
+/// The spans of a hedge inside of a retry are under the span of the retry's attempt.
 #[tokio::test(start_paused = true)]
-async fn closure_writes_the_headers_of_each_attempt_within_its_span() {
+async fn closure_writes_headers_of_each_attempt_inside_of_its_span() {
     let (log, _guard) = EventLog::listen();
     let seen = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
     let numbers = seen.clone();
@@ -111,7 +111,7 @@ async fn closure_writes_the_headers_of_each_attempt_within_its_span() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn attempt_is_sent_although_the_closure_for_its_headers_panics() {
+async fn attempt_is_sent_although_closure_for_its_headers_panics() {
     let headers = AttemptHeadersLayer::new(|_, headers| {
         headers.insert("x-before", HeaderValue::from_static("1"));
         panic!("in the closure");

@@ -1,4 +1,4 @@
-//! Each layer in a scenario that leads to its events, and the table of the documentation.
+//! Compares the table of `docs/events.md` with the events that each layer emits in a scenario.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -44,7 +44,7 @@ fn words(cell: &str) -> impl Iterator<Item = &str> {
     cell.split(',').map(str::trim).filter(|word| *word != "–")
 }
 
-/// Returns the table of the documentation, by message.
+/// Returns the rows of the table in `docs/events.md`, by message.
 fn documented() -> BTreeMap<String, Row> {
     let page = include_str!("../../../docs/events.md");
     let table = page.split("|---|---|---|---|---|\n").nth(1).unwrap();
@@ -391,7 +391,7 @@ fn lines(events: &[Entry], message: &str, fields: &[&str]) -> Vec<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_layers_report_a_rejection_by_one_message() {
+async fn all_layers_report_rejection_by_one_message() {
     let (log, _guard) = EventLog::listen();
     let fields = ["reason", "retry_after_ms", "shadow"];
     limits().await;
@@ -433,7 +433,7 @@ async fn all_layers_report_a_rejection_by_one_message() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_episode_of_a_circuit_begins_at_warn_and_ends_with_its_duration() {
+async fn episode_of_circuit_begins_at_warn_and_ends_with_its_duration() {
     let (log, _guard) = EventLog::listen();
     let breaker = CircuitBreakerLayer::new(Trip::consecutive(1)).open_for(secs(1)).name("search");
     let (handle, service) = (breaker.handle(), breaker.layer(upstream([(200, AT_ONCE)])));
@@ -533,7 +533,7 @@ async fn changed_settings_are_reported_once_with_their_keys() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_drain_that_cuts_calls_is_a_warning() {
+async fn drain_that_cuts_calls_emits_warning() {
     let (log, _guard) = EventLog::listen();
     lifecycles().await;
     let events = log.take();

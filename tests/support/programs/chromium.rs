@@ -63,7 +63,7 @@ impl Chromium {
             ])
             .arg(format!("--user-data-dir={}", profile.0.display()))
             .arg("about:blank")
-            // The group of its children, which are ended with it.
+            // The child processes are in the process group of the browser, so that the drop stops them, too.
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
