@@ -40,7 +40,7 @@ fn ms(ms: u64) -> Duration {
 /// An upstream that is slow for some calls, fails for some, and fails for all calls in a part of each 8 s.
 async fn upstream() -> std::net::SocketAddr {
     let (calls, start) = (Arc::new(AtomicU64::new(0)), Instant::now());
-    let answer = move || {
+    let response = move || {
         let nth = calls.fetch_add(1, Ordering::Relaxed);
         async move {
             let is_outage = start.elapsed().as_millis() % 8000 > 6000;
@@ -51,7 +51,7 @@ async fn upstream() -> std::net::SocketAddr {
             }
         }
     };
-    let app = Router::new().route("/", get(answer)).route("/healthz", get(async || "ok"));
+    let app = Router::new().route("/", get(response)).route("/healthz", get(async || "ok"));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move { axum::serve(listener, app).await });
@@ -172,11 +172,11 @@ async fn prometheus_returns_exemplars_of_the_page() {
             let burst: JoinSet<_> =
                 (0..4).map(|_| client.get(format!("http://{address}/")).send()).collect();
             burst.join_all().await;
-            let answer = query(metric).await;
-            match answer["data"].as_array().filter(|series| !series.is_empty()) {
+            let response = query(metric).await;
+            match response["data"].as_array().filter(|series| !series.is_empty()) {
                 Some(series) => break series.clone(),
                 None if Instant::now() < until => sleep(ms(200)).await,
-                None => panic!("{answer}\n{}\n{}", prometheus.log(), registry.open_metrics()),
+                None => panic!("{response}\n{}\n{}", prometheus.log(), registry.open_metrics()),
             }
         };
         for one in series {
