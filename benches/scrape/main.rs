@@ -42,8 +42,8 @@ fn cpu_time() -> Duration {
     Duration::from_nanos(nanos.expect("the first number is the CPU time in nanoseconds"))
 }
 
-/// Returns the least CPU time of a run, of several rounds of `runs` each.
-fn least(runs: u32, mut run: impl FnMut()) -> Duration {
+/// Returns the minimum CPU time of a run: of the means of several rounds of `runs` runs.
+fn min_time(runs: u32, mut run: impl FnMut()) -> Duration {
     run();
     let round = |_| {
         let start = cpu_time();
@@ -114,12 +114,12 @@ fn circuits(report: &mut Report) {
     let max = Some(Duration::from_millis(5));
     let lines = registry.text().lines().count();
     println!("{CIRCUITS} circuits, {lines} lines, {} bytes", registry.text().len());
-    let read = least(1, || registry.visit(&mut Discard));
+    let read = min_time(1, || registry.visit(&mut Discard));
     report.line("  read", read, max);
-    report.line("  page of Prometheus", least(1, || drop(black_box(registry.text()))), max);
+    report.line("  page of Prometheus", min_time(1, || drop(black_box(registry.text()))), max);
     report.line(
         "  page of OpenMetrics",
-        least(1, || drop(black_box(registry.open_metrics()))),
+        min_time(1, || drop(black_box(registry.open_metrics()))),
         max,
     );
 
@@ -128,7 +128,7 @@ fn circuits(report: &mut Report) {
     metrics::with_local_recorder(&recorder, || {
         report.line(
             "  publication through the facade",
-            least(1, || publisher.publish(&registry)),
+            min_time(1, || publisher.publish(&registry)),
             None,
         );
     });
@@ -140,7 +140,7 @@ fn circuits(report: &mut Report) {
     registry.meter_into(&provider.meter("buttress"));
     report.line(
         "  collection of OpenTelemetry",
-        least(1, || drop(black_box(prometheus.gather()))),
+        min_time(1, || drop(black_box(prometheus.gather()))),
         None,
     );
 }
@@ -160,7 +160,7 @@ async fn server(report: &mut Report) {
     registry.watch(&lifecycle).expect("the only one");
     println!("a client stack and a server stack");
     let max = Some(Duration::from_millis(1));
-    report.line("  page of Prometheus", least(100, || drop(black_box(registry.text()))), max);
+    report.line("  page of Prometheus", min_time(100, || drop(black_box(registry.text()))), max);
 }
 
 /// The read of one layer of each kind.
@@ -170,7 +170,7 @@ async fn layers(report: &mut Report) {
     let mut one = |name: &str, watch: &dyn Fn(&Registry), max| {
         let registry = Registry::new();
         watch(&registry);
-        let took = least(300, || registry.visit(&mut Discard));
+        let took = min_time(300, || registry.visit(&mut Discard));
         report.line(&format!("  {name}"), took, max);
     };
     let breaker = CircuitBreakerLayer::http().name("a");

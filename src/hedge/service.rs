@@ -275,7 +275,7 @@ where
                         return Poll::Ready(this.respond(pending, classified.1, false));
                     }
                     *this.has_dropped_sent |= FailureKind::of(classified.1).may_be_seen();
-                    this.core.settings.report_bad(classified.1, this.hedges.len());
+                    this.core.settings.report_failed(classified.1, this.hedges.len());
                     // This releases the permit and the connection, for which a hedge attempt may wait.
                     this.first.set(None);
                     this.next.set(NextHedge::Nothing);
@@ -305,7 +305,7 @@ where
                 *this.has_dropped_sent |= FailureKind::of(classified.1).may_be_seen();
                 drop(this.hedges.remove(polled));
                 let in_flight = this.hedges.len() + usize::from(this.first.is_some());
-                this.core.settings.report_bad(classified.1, in_flight);
+                this.core.settings.report_failed(classified.1, in_flight);
                 this.next.set(NextHedge::Nothing);
                 continue;
             }
@@ -392,8 +392,8 @@ impl ReportedWait {
 }
 
 impl HedgeSettings {
-    /// Reports a bad response that is dropped because other attempts are in flight.
-    fn report_bad(&self, outcome: Outcome, in_flight: usize) {
+    /// Reports a failed response that is dropped because other attempts are in flight.
+    fn report_failed(&self, outcome: Outcome, in_flight: usize) {
         event!(
             hedge,
             DEBUG,

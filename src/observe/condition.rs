@@ -11,7 +11,7 @@ pub enum Severity {
     Healthy,
     /// The layer is at a limit, recovers, or rejects some calls.
     Strained,
-    /// The layer rejects all calls, or most calls fail.
+    /// The layer rejects all calls, or at least half of the calls fail.
     Failing,
 }
 
@@ -60,7 +60,7 @@ pub(crate) struct Condition {
     pub(crate) ends_in: Option<Duration>,
     /// What happens next, or what to do.
     pub(crate) next: Option<Cow<'static, str>>,
-    /// A text that may contain words of an upstream, such as the error of a probe.
+    /// A text that may contain the words of an upstream, such as the error of a health probe.
     pub(crate) detail: Option<String>,
     pub(crate) facts: Vec<Fact>,
     /// Whether the layer is a circuit that can be forced by hand.

@@ -31,7 +31,9 @@ pub struct Decision {
     pub layer: &'static str,
     /// The name of the layer. `None` for a part of the process.
     pub name: Option<Arc<str>>,
-    /// The event: the message of the event in the log, such as `circuit opened` or `calls rejected`.
+    /// The change or the summary in words, such as `circuit opened` or `calls rejected`. The log has an event with this
+    /// message, except for the summaries `calls timed out`, `calls not retried` and `hedge attempts not sent`, and for
+    /// changes of health checks that a reporter makes.
     pub event: &'static str,
     /// The reason in `snake_case`, as in metrics and events.
     pub reason: Option<Cow<'static, str>>,
@@ -41,19 +43,19 @@ pub struct Decision {
     pub count: u64,
 }
 
-/// The last decisions, and the notification of new ones.
+/// The last decisions of a registry, and the notification of new ones.
 #[derive(Debug, Default)]
 pub(super) struct DecisionLog {
     last: Mutex<VecDeque<Arc<Decision>>>,
     /// The receivers that wait. They hold no reference to the log.
-    waiting: Mutex<Vec<Arc<WakerSlot>>>,
+    waiting: Mutex<Vec<Arc<ReceiverWaker>>>,
 }
 
 /// The waker of a receiver while it waits.
 #[derive(Debug, Default)]
-struct WakerSlot(Mutex<Option<Waker>>);
+struct ReceiverWaker(Mutex<Option<Waker>>);
 
-impl WakerSlot {
+impl ReceiverWaker {
     /// Replaces the waker. A waker is user code: it is cloned, woken and dropped without a lock.
     fn set(&self, waker: Option<Waker>) {
         let before = mem::replace(&mut *self.0.lock(), waker);
@@ -95,7 +97,7 @@ impl DecisionLog {
     }
 
     /// Adds a receiver to wake. Removes the receivers that no longer exist.
-    fn add_waiting(&self, receiver: &Arc<WakerSlot>) {
+    fn add_waiting(&self, receiver: &Arc<ReceiverWaker>) {
         let mut waiting = self.waiting.lock();
         if !waiting.iter().any(|other| Arc::ptr_eq(other, receiver)) {
             // A receiver is dropped with its waker, so no user code is dropped here.
@@ -117,7 +119,7 @@ impl DecisionLog {
         last.get(usize::try_from(index).ok()?).cloned()
     }
 
-    /// Returns up to this many of the last decisions, newest first.
+    /// Returns the last decisions, newest first, and not more than `max`.
     pub(super) fn newest(&self, max: usize) -> Vec<Arc<Decision>> {
         self.last.lock().iter().rev().take(max).cloned().collect()
     }
@@ -167,7 +169,7 @@ pub struct Decisions {
     /// The number of the last decision that was received.
     received: u64,
     missed: u64,
-    waker: Arc<WakerSlot>,
+    waker: Arc<ReceiverWaker>,
 }
 
 impl Decisions {

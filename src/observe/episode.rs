@@ -1,4 +1,5 @@
-//! Episodes: periods in which events of one kind repeat, such as the rejections of a layer for one reason.
+//! Episodes of repeated events: periods in which events of one kind repeat, such as the rejections of a layer for one
+//! reason. The episode of a circuit is in `breaker/machine/`.
 
 use crate::time::Nanos;
 
@@ -18,10 +19,10 @@ pub(super) struct Episode {
     total: u64,
 }
 
-/// What an episode reports.
+/// A report of an episode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Summary {
-    /// Events have occurred in this time. The first summary of an episode has `is_first`.
+    /// `count` events have occurred in the time `within`. `is_first` is true for the first summary of an episode.
     Occurred { count: u64, within: Nanos, is_first: bool },
     /// The episode is over. `count` is the number of all its events.
     Ended { count: u64, lasted: Nanos },

@@ -70,27 +70,27 @@ pub struct Exemplar {
 
 /// The last exemplar of each bucket of a histogram.
 #[derive(Debug)]
-pub(super) struct ExemplarSlots {
+pub(super) struct BucketExemplars {
     began: Instant,
-    slots: Box<[ExemplarSlot]>,
+    buckets: Box<[BucketExemplar]>,
 }
 
 #[derive(Debug, Default)]
-struct ExemplarSlot {
+struct BucketExemplar {
     /// The second in which the exemplar was written, counted from 1 at `began`. 0 before the first exemplar. It is
     /// written under the lock, and read without it.
     second: AtomicU64,
     exemplar: Mutex<Option<Exemplar>>,
 }
 
-impl ExemplarSlots {
+impl BucketExemplars {
     pub(super) fn new(buckets: usize) -> Self {
-        let slots = (0..buckets).map(|_| ExemplarSlot::default()).collect();
-        Self { began: Instant::now(), slots }
+        let buckets = (0..buckets).map(|_| BucketExemplar::default()).collect();
+        Self { began: Instant::now(), buckets }
     }
 
-    /// Writes the exemplar of a bucket, unless the bucket has one of this second. `trace_id` is only called then, without
-    /// a lock. Never waits: a slot that is in use is skipped.
+    /// Writes the exemplar of a bucket, unless the bucket has one of this second. `trace_id` runs only in that case, and
+    /// without a lock. Never waits: a bucket that another thread writes or reads is skipped.
     #[inline]
     pub(super) fn record(
         &self,
@@ -100,19 +100,19 @@ impl ExemplarSlots {
         trace_id: impl FnOnce() -> Option<TraceId>,
     ) {
         let second = now.saturating_duration_since(self.began).as_secs() + 1;
-        let Some(slot) = self.slots.get(bucket) else { return };
-        if slot.second.load(Relaxed) != second {
-            slot.write(second, value, trace_id);
+        let Some(bucket) = self.buckets.get(bucket) else { return };
+        if bucket.second.load(Relaxed) != second {
+            bucket.write(second, value, trace_id);
         }
     }
 
     /// Returns the exemplar of each bucket.
     pub(super) fn exemplars(&self) -> Vec<Option<Exemplar>> {
-        self.slots.iter().map(|slot| slot.exemplar.lock().clone()).collect()
+        self.buckets.iter().map(|bucket| bucket.exemplar.lock().clone()).collect()
     }
 }
 
-impl ExemplarSlot {
+impl BucketExemplar {
     #[cold]
     fn write(&self, second: u64, value: f64, trace_id: impl FnOnce() -> Option<TraceId>) {
         let Some(trace_id) = trace_id() else { return };
@@ -131,14 +131,14 @@ mod tests {
 
     #[test]
     fn exemplar_is_written_once_a_second_and_only_with_a_trace() {
-        let slots = ExemplarSlots::new(2);
-        let at = |ms| slots.began + Duration::from_millis(ms);
+        let exemplars = BucketExemplars::new(2);
+        let at = |ms| exemplars.began + Duration::from_millis(ms);
         let record = |bucket, value, ms, id: &str| {
-            slots.record(bucket, value, at(ms), || TraceId::from_text(id));
+            exemplars.record(bucket, value, at(ms), || TraceId::from_text(id));
         };
         let ids = || {
-            let exemplars = slots.exemplars().into_iter();
-            exemplars.map(|one| one.map(|one| one.trace_id.to_string())).collect::<Vec<_>>()
+            let all = exemplars.exemplars().into_iter();
+            all.map(|one| one.map(|one| one.trace_id.to_string())).collect::<Vec<_>>()
         };
         record(0, 0.1, 0, "");
         assert_eq!(ids(), [None, None]);
@@ -149,8 +149,8 @@ mod tests {
         assert_eq!(ids(), [Some("a".to_owned()), Some("c".to_owned())]);
         record(0, 0.4, 1000, "d");
         assert_eq!(ids(), [Some("d".to_owned()), Some("c".to_owned())]);
-        let _held = slots.slots[0].exemplar.try_lock();
-        record(0, 0.5, 2000, "a slot in use is skipped");
+        let _held = exemplars.buckets[0].exemplar.try_lock();
+        record(0, 0.5, 2000, "a bucket in use is skipped");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What a registry exports besides the counters and gauges: the values of histograms one by one, and exemplars.
+//! The exports of a registry besides counters and gauges: the values of histograms one by one, and exemplars.
 //!
 //! A histogram of a layer has an [`ExportCell`], which is empty until a registry needs the values: an unused cell costs a
 //! record one load. The registry fills the cell with a [`HistogramExport`]. The hook for trace ids, the recorder of the
@@ -20,7 +20,7 @@ use tokio::time::Instant;
 #[cfg(feature = "metrics")]
 use super::facade_key::{self, FacadeHistogram};
 use super::{
-    exemplar::{Exemplar, ExemplarSlots, TraceId},
+    exemplar::{BucketExemplars, Exemplar, TraceId},
     metric::Metric,
     metrics::{CALL_DURATION, QUEUE_WAIT_DURATION},
 };
@@ -124,15 +124,15 @@ fn has_exemplars(metric: &'static Metric) -> bool {
     [&CALL_DURATION, &QUEUE_WAIT_DURATION].into_iter().any(|with| std::ptr::eq(with, metric))
 }
 
-/// The histograms of one meter, and those of the next one. Meters are added and never removed, so that a record reads
-/// them without a lock.
+/// The histograms of one meter, and a link to those of the next meter. Meters are added and never removed, so that a
+/// record reads the list without a lock.
 #[cfg(feature = "opentelemetry_0_33")]
 struct MeterHistograms {
     histograms: Vec<(&'static Metric, MeterHistogram<f64>)>,
     next: OnceLock<Box<Self>>,
 }
 
-/// The place for the export of a histogram. The first registry that exports the histogram fills it.
+/// The export of a histogram, or nothing. The first registry that exports the histogram fills the cell.
 #[derive(Debug, Default)]
 pub(crate) struct ExportCell(OnceLock<Box<HistogramExport>>);
 
@@ -151,7 +151,7 @@ impl ExportCell {
 pub(super) struct HistogramExport {
     exports: Arc<Exports>,
     metric: &'static Metric,
-    exemplars: Option<ExemplarSlots>,
+    exemplars: Option<BucketExemplars>,
     #[cfg(feature = "metrics")]
     facade: FacadeHistogram,
     #[cfg(feature = "opentelemetry_0_33")]
@@ -176,7 +176,7 @@ impl HistogramExport {
         Self {
             exports,
             metric,
-            exemplars: has_exemplars(metric).then(|| ExemplarSlots::new(buckets)),
+            exemplars: has_exemplars(metric).then(|| BucketExemplars::new(buckets)),
             #[cfg(feature = "metrics")]
             facade: FacadeHistogram::new(metric, facade_key::key(metric, name, labels)),
             #[cfg(feature = "opentelemetry_0_33")]
@@ -216,7 +216,7 @@ impl HistogramExport {
 
     /// Returns the exemplar of each bucket. Empty if the histogram has none.
     pub(super) fn exemplars(&self) -> Vec<Option<Exemplar>> {
-        self.exemplars.as_ref().map(ExemplarSlots::exemplars).unwrap_or_default()
+        self.exemplars.as_ref().map(BucketExemplars::exemplars).unwrap_or_default()
     }
 }
 

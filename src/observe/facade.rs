@@ -32,9 +32,9 @@ impl Registry {
 /// discarded. The publisher makes one handle for each series and stores it, so use one publisher for all publications.
 ///
 /// The names are those of the text page, such as `buttress_calls_total`. The facade has no counter of seconds, so those
-/// counters are gauges, which `rate()` accepts. The facade cannot remove a series: the gauges of a layer that has been
-/// dropped, and those that have become absent, are set to 0 once. Its counters keep their values, and a new layer of that
-/// name continues them, unless more than 10,000 counters of other layers have ended since then.
+/// counters are gauges, which `rate()` accepts. The facade cannot remove a series: the gauges of a dropped layer, and
+/// gauges that have become absent, are set to 0 once. The counters of a dropped layer keep their values, and a new layer
+/// of that name continues them, unless more than 10,000 counters of other layers have ended since then.
 ///
 /// ```
 /// use buttress::{CircuitBreakerLayer, observe::{MetricsPublisher, Registry}};
@@ -54,7 +54,7 @@ pub struct MetricsPublisher {
     /// The address of the recorder that has made the handles.
     recorder: usize,
     series: SeriesMap<Handle>,
-    /// The names of the metrics that the recorder has a description of.
+    /// The names of the metrics that are described to the recorder.
     described: BTreeSet<&'static str>,
 }
 
@@ -88,7 +88,8 @@ impl MetricsPublisher {
     pub fn publish(&mut self, registry: &Registry) {
         registry.publish_metrics();
         with_recorder(|recorder| {
-            // A handle belongs to the recorder that has made it. Those of the no-op recorder would have no effect for ever.
+            // A handle belongs to the recorder that has made it. A stored handle of the no-op recorder would discard the
+            // values of a recorder that is installed later.
             let address = std::ptr::from_ref(recorder).cast::<()>() as usize;
             if self.recorder != address || !has_address(recorder) {
                 *self = Self { recorder: address, ..Self::default() };

@@ -21,8 +21,8 @@ pub(super) fn unit(metric: &Metric) -> Option<Unit> {
     Some(if metric.unit == "s" { Unit::Seconds } else { Unit::Count })
 }
 
-/// Returns whether a recorder can be distinguished from others by its address. The no-op recorder, which the facade has until one
-/// is installed, has no size and therefore no address of its own.
+/// Returns whether a recorder can be distinguished from others by its address. The facade uses a no-op recorder until
+/// another one is installed. It has no size and therefore no address of its own.
 pub(super) fn has_address(recorder: &dyn Recorder) -> bool {
     size_of_val(recorder) > 0
 }

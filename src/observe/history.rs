@@ -1,4 +1,5 @@
-//! The history of a layer: five minutes of samples, and the episodes of its rejections, timeouts and missing retries.
+//! The history of a layer: five minutes of samples, and the episodes of its rejections, of its timeouts, and of the
+//! retries and hedge attempts that it declines.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -19,7 +20,7 @@ pub(super) const MAX_SAMPLES: usize = 300;
 
 /// The number of samples from which the share of failed calls is computed.
 const RECENT_SAMPLES: usize = 10;
-/// The shares of failed calls from which a stack is strained and failing, and the minimum number of calls.
+/// The minimum shares of failed calls with which a stack is strained or failing, and the minimum number of calls.
 const STRAINED_SHARE: f64 = 0.1;
 const FAILING_SHARE: f64 = 0.5;
 const MIN_CALLS: f64 = 5.0;
@@ -30,7 +31,7 @@ const MIN_CALLS: f64 = 5.0;
 pub(super) struct TrackKind {
     metric: &'static Metric,
     pub(super) label: &'static str,
-    /// Only the values with one of these labels. Empty: all values of the metric.
+    /// The labels of which a value must have one. Empty if the track contains all values of the metric.
     only: &'static [(&'static str, &'static str)],
     /// Whether the samples are the increase of a counter in a second.
     pub(super) is_rate: bool,
@@ -50,11 +51,11 @@ impl TrackKind {
     }
 }
 
-/// The index of the calls of a stack in [`TRACKS`], and of those that have failed.
+/// The indices in [`TRACKS`] of the calls of a stack, and of its failed calls.
 const ALL_CALLS: usize = 0;
 const FAILED_CALLS: usize = 1;
 
-/// All tracks. A layer has those whose metrics it has.
+/// All tracks. A layer has the tracks of its metrics.
 pub(super) static TRACKS: [TrackKind; 21] = [
     rate(&CALLS, "calls"),
     rate(&CALLS, "failures").only(&[("outcome", "failure")]),
@@ -81,7 +82,7 @@ pub(super) static TRACKS: [TrackKind; 21] = [
 
 // ===== Episodes =====
 
-/// A kind of events that repeat during an outage.
+/// A kind of event that repeats during an outage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Repeated {
     Rejections,
@@ -160,8 +161,8 @@ pub(super) struct LayerHistory {
     /// The last value of each track, and its samples.
     tracks: BTreeMap<usize, (f64, VecDeque<f32>)>,
     repeated: BTreeMap<(Repeated, String), RepeatedEvents>,
-    /// Whether the layer is healthy, and the time of the sample since which it is, or is not. A layer under a steady
-    /// overload changes between strained and failing, so these are not distinguished.
+    /// Whether the layer is healthy, and the time of the sample at which this began. A layer under a steady overload
+    /// changes between strained and failing, so these are not distinguished.
     since: Option<(bool, SystemTime)>,
 }
 
@@ -235,7 +236,7 @@ impl LayerHistory {
         let times = whole_seconds(before, now).max(1);
         for (index, total) in sample.tracks.into_iter().enumerate() {
             let (last, values) = self.tracks.entry(index).or_default();
-            // A metric that is absent now, such as the budget of a retry without one, is a gap of zeros.
+            // A metric that has become absent, such as that of a removed budget, has samples of zero.
             let value = match (total, TRACKS[index].is_rate) {
                 (Some(total), true) => (total - *last).max(0.0) / seconds,
                 (Some(total), false) => total,
@@ -276,13 +277,13 @@ impl LayerHistory {
         before.unwrap_or(true) != is_healthy
     }
 
-    /// Returns the time since which the layer is healthy, or since which it is not. `None` if it is not known.
+    /// Returns the time at which the layer became healthy, or stopped being healthy. `None` if it is not known.
     pub(super) fn since(&self, severity: Severity) -> Option<SystemTime> {
         let (is_healthy, since) = self.since?;
         (is_healthy == (severity == Severity::Healthy)).then_some(since)
     }
 
-    /// Adds to the condition the facts of the history: the calls that are rejected now, and the share of calls that
+    /// Adds the state of the history to the condition: the calls that are rejected now, and the share of calls that
     /// fail.
     pub(super) fn assess(&self, condition: &mut Condition, now: Nanos) {
         self.add_rejections(condition, now);
@@ -328,7 +329,7 @@ impl LayerHistory {
             .push_str(&format!(" {percent} % of the {calls} calls of the last 10 s failed."));
     }
 
-    /// Returns the tracks with up to this many of their last samples.
+    /// Returns the tracks with their last samples, not more than `max_samples` of each.
     pub(super) fn tracks(&self, max_samples: usize) -> Vec<Track> {
         let track = |(index, (_, values)): (&usize, &(f64, VecDeque<f32>))| {
             let TrackKind { label, is_rate, .. } = TRACKS[*index];

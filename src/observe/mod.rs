@@ -23,8 +23,8 @@
 //!
 //! # Status and decisions
 //!
-//! [`Registry::status`] returns the state of each layer in words: what it is, the reason, the time at which it ends, and
-//! what happens next. [`Registry::decisions`] returns changes of states and summaries of rejections as they arise.
+//! [`Registry::status`] returns the state of each layer in words, with the reason, the time at which the state ends, and
+//! the next step. [`Registry::decisions`] returns changes of states and summaries of rejections as they arise.
 //! [`Registry::run`] is the sampler: spawn it once, for the history of the status and the summaries.
 //!
 //! # Names
@@ -44,21 +44,21 @@
 //!
 //! Three paths export the same names, labels and values of counters and gauges, so one dashboard fits all of them:
 //!
-//! | path | feature | read | differs |
+//! | path | feature | read | difference |
 //! |---|---|---|---|
 //! | [`endpoints`](Registry::endpoints), [`text`](Registry::text) | `observe` | at each scrape | |
 //! | [`publish_metrics`](Registry::publish_metrics), [`MetricsPublisher`] | `metrics` | at each publication | counters of seconds are gauges; the gauges of a dropped layer stay, with the value 0 |
 //! | [`meter_into`](Registry::meter_into) | `opentelemetry_0_33` | at each collection | the names have dots, and the units are in UCUM's form; the Prometheus exporter of OpenTelemetry converts both |
 //!
-//! Times are in seconds. A Prometheus exporter of OpenTelemetry adds the label `otel_scope_name` unless that is
-//! turned off. Its SDK combines the series of an instrument beyond its cardinality limit (2,000 by default).
+//! Times are in seconds. The Prometheus exporter of OpenTelemetry adds the label `otel_scope_name`, unless it is built
+//! with `without_scope_info`. Its SDK combines the series of an instrument beyond its cardinality limit (2,000 by default).
 //!
 //! # Histograms
 //!
-//! The text page has all histograms, with fixed buckets. The exporters receive each value when it arises, because neither
-//! of them can take a histogram that has been counted elsewhere: waits in queues, and delays and numbers of retries. The
-//! durations of calls follow only after [`export_call_durations`](Registry::export_call_durations), because every call
-//! has one. OpenTelemetry uses the buckets of the text page; an exporter behind the facade has buckets of its own, or
+//! The text page has all histograms, with fixed buckets. Neither the facade nor OpenTelemetry accepts a histogram that was
+//! counted elsewhere, so each value is exported when it is recorded: the waits in queues, and the delays and numbers of
+//! retries. The durations of calls are exported only after
+//! [`export_call_durations`](Registry::export_call_durations), because each call has one. OpenTelemetry uses the buckets of the text page; an exporter behind the facade has buckets of its own, or
 //! quantiles.
 //!
 //! # Exemplars

@@ -24,8 +24,8 @@ impl Registry {
     /// Makes an observable instrument for each counter and gauge on this meter, with the names of `docs/metrics.md`. The
     /// labels are attributes.
     ///
-    /// The instruments hold no layer alive, and not the registry: when the last clone of the registry is dropped, they
-    /// have no values any more. Call this method once for each meter, because a meter does not replace instruments.
+    /// The instruments keep neither the layers nor the registry alive. They have no values after the last clone of the
+    /// registry is dropped. Call this method once for each meter, because a meter does not replace instruments.
     ///
     /// The callbacks of one collection share one visit of all layers.
     ///
@@ -120,8 +120,8 @@ type Points = Vec<(Arc<[KeyValue]>, Number)>;
 /// The values that the callbacks of one meter share.
 ///
 /// OpenTelemetry has no callback for a whole collection: it calls the callback of each instrument, one after the other.
-/// The first one visits all layers, and each takes the points of its metric. Points that are missing mean that a new
-/// collection has begun.
+/// The first one visits all layers, and each takes the points of its metric. If the points of a metric are missing, its
+/// callback has taken them before, so a new collection has begun.
 struct Collections {
     registry: WeakRegistry,
     state: Mutex<CollectionState>,
@@ -226,7 +226,7 @@ mod tests {
         sealed::Sealed,
     };
 
-    /// A layer that exports how often it has been read.
+    /// A layer that exports the number of its reads.
     struct Counted(Arc<AtomicU64>);
 
     impl Observed for AtomicU64 {

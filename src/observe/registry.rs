@@ -1,4 +1,4 @@
-//! What the process observes, by name.
+//! The registry: the layers that a process observes, by name.
 
 use std::{
     fmt,
@@ -71,7 +71,7 @@ pub(super) struct WatchedLayers {
     pub(super) streams: AtomicUsize,
 }
 
-/// One layer that is observed.
+/// A layer that is observed.
 pub(super) struct Watched {
     pub(super) layer: &'static str,
     pub(super) name: Option<Arc<str>>,
@@ -135,11 +135,11 @@ impl Registry {
         &self.layers
     }
 
-    /// Sets for how many keys of each keyed layer the metrics have series of their own, with the label `key`. 0 by
-    /// default, because keys come from requests; 1000 or less.
+    /// Sets the maximum number of keys of each keyed layer that have series of their own, with the label `key`. The
+    /// default is 0, because keys come from requests. The maximum is 1000.
     ///
-    /// These are the keys whose circuits are not closed, or have rejected the most calls. The others are
-    /// combined into the key `other`, and `buttress_observe_folded_series_total` counts them. The keys of a closure have
+    /// Keys whose circuits are not closed come first, then those whose circuits have rejected the most calls. The others
+    /// are combined into the key `other`, and `buttress_observe_folded_series_total` counts them. The keys of a closure have
     /// names only with [`named_keys`](crate::breaker::KeyedCircuitBreakerLayer::named_keys).
     ///
     /// # Errors
@@ -153,8 +153,8 @@ impl Registry {
         Ok(())
     }
 
-    /// Returns a receiver of the decisions from now on: changes of states with their reasons, and summaries of
-    /// rejections. It is the way to run code when a circuit opens:
+    /// Returns a receiver of the decisions after this call: changes of states with their reasons, and summaries of
+    /// rejections. Use it to run code when a circuit opens:
     ///
     /// ```
     /// # use buttress::{CircuitBreakerLayer, observe::Registry};
@@ -188,8 +188,9 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// A layer without a name, with a name of more than 64 bytes, or with the name of another watched layer of the same
-    /// kind, or a second health registry or lifecycle. Then nothing of the handle is watched.
+    /// Returns an error for a layer without a name, with a name of more than 64 bytes, or with the name of another watched
+    /// layer of the same kind, and for a second health registry or lifecycle. In these cases no layer of the handle is
+    /// watched.
     pub fn watch(&self, handle: &impl Observe) -> Result<(), ConfigError> {
         let parts = handle.parts();
         let new: Vec<_> = {
@@ -241,7 +242,7 @@ impl Registry {
     ///
     /// The first call of a second in a bucket for which `trace_id` returns an id becomes the exemplar of the bucket.
     /// `trace_id` runs in the context of the call when its value is recorded, without a lock, and only if the bucket has
-    /// no exemplar of this second. It must not make calls itself. If it panics, the call has no exemplar. The last
+    /// no exemplar of this second. It must not make calls through watched layers. If it panics, the call has no exemplar. The last
     /// `trace_id` replaces the ones before it. Only the first registry that exports the histograms of a layer has its
     /// exemplars.
     ///
@@ -259,7 +260,7 @@ impl Registry {
 
     /// Exports the duration of each call to the `metrics` facade and to the meters of OpenTelemetry, too.
     ///
-    /// By default only the text page has the durations of calls, because the exporters receive each value on its own: a
+    /// By default only the text page has the durations of calls, because the exporters receive each value separately: a
     /// call of a stack then costs about 60 ns more with `metrics-exporter-prometheus`, and about 100 ns more with the SDK
     /// of OpenTelemetry.
     #[cfg(any(feature = "metrics", feature = "opentelemetry_0_33"))]
@@ -274,8 +275,8 @@ impl Registry {
         self.layers.all().iter().for_each(|watched| self.connect(watched));
     }
 
-    /// The exports are set before the layers are read, and a layer is added before the exports are read, so that none is
-    /// missed.
+    /// Connects the histograms of a layer to the exports that need them. The exports are set before the layers are read,
+    /// and a layer is added before the exports are read, so that no histogram is missed.
     fn connect(&self, watched: &Watched) {
         let Some(state) = watched.state.upgrade() else { return };
         let name = watched.name.as_deref();
@@ -311,7 +312,7 @@ impl Registry {
     }
 }
 
-/// A registry that is not kept alive.
+/// A reference that does not keep the registry alive.
 #[cfg(feature = "opentelemetry_0_33")]
 pub(super) struct WeakRegistry(Weak<WatchedLayers>);
 

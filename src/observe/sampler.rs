@@ -46,27 +46,28 @@ impl Registry {
     ///
     /// With the feature `metrics` it also publishes the metrics after [`publish_metrics`](Self::publish_metrics).
     ///
-    /// Without the sampler, metrics are complete, and changes of states are reported. If the future is spawned more than
-    /// once, one of them samples. It holds no reference to the registry. Dropping the future stops the sampler.
+    /// Metrics and the reports of state changes do not need the sampler. If the future is spawned more than once, one of
+    /// the tasks samples, and another one continues when it ends. A task holds no reference to the registry between two
+    /// samples. Dropping the future stops the sampler.
     pub fn run(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
         let layers = Arc::downgrade(self.layers());
         async move {
             let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            let mut turn = None;
+            let mut guard = None;
             #[cfg(feature = "metrics")]
             let mut publisher = MetricsPublisher::new();
             loop {
                 ticks.tick().await;
                 let Some(layers) = layers.upgrade() else { return };
                 let now = layers.clock.at(Instant::now());
-                if turn.is_some() {
+                if guard.is_some() {
                     layers.sample(now);
                     #[cfg(feature = "metrics")]
                     publisher.publish_if_on(Registry::of(layers));
                 } else {
-                    turn = SamplerTurn::take(&layers);
-                    if turn.is_some() {
+                    guard = SamplerGuard::acquire(&layers);
+                    if guard.is_some() {
                         layers.start_history(now);
                     }
                 }
@@ -75,17 +76,18 @@ impl Registry {
     }
 }
 
-/// The right to sample the layers of a registry. One sampler has it at a time.
-struct SamplerTurn(Weak<WatchedLayers>);
+/// The exclusive right to sample the layers of a registry, until it is dropped.
+struct SamplerGuard(Weak<WatchedLayers>);
 
-impl SamplerTurn {
-    fn take(layers: &Arc<WatchedLayers>) -> Option<Self> {
-        let is_first = !layers.is_sampled.swap(true, Ordering::AcqRel);
-        is_first.then(|| Self(Arc::downgrade(layers)))
+impl SamplerGuard {
+    /// Returns `None` while another sampler has the right.
+    fn acquire(layers: &Arc<WatchedLayers>) -> Option<Self> {
+        let is_free = !layers.is_sampled.swap(true, Ordering::AcqRel);
+        is_free.then(|| Self(Arc::downgrade(layers)))
     }
 }
 
-impl Drop for SamplerTurn {
+impl Drop for SamplerGuard {
     fn drop(&mut self) {
         if let Some(layers) = self.0.upgrade() {
             let is_sampled: &AtomicBool = &layers.is_sampled;

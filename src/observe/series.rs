@@ -1,4 +1,4 @@
-//! What an exporter stores for each series, so that it builds the labels of a series once.
+//! The values that an exporter stores by series, so that it builds the labels of a series once.
 
 use std::{
     collections::HashMap,

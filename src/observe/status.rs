@@ -1,4 +1,4 @@
-//! The status of all layers: what the live page and a script read.
+//! The status of all layers, which the live page and scripts read.
 
 use std::{
     borrow::Cow,
@@ -61,9 +61,9 @@ pub struct LayerStatus {
     pub ends_at: Option<SystemTime>,
     /// What happens next, or what to do.
     pub next: Option<Cow<'static, str>>,
-    /// A text that may contain words of an upstream, such as the error of a health probe.
+    /// A text that may contain the words of an upstream, such as the error of a health probe.
     pub detail: Option<String>,
-    /// The time of the sample since which the layer is healthy, or since which it is not. `None` without the sampler.
+    /// The time of the sample at which the layer became healthy, or stopped being healthy. `None` without the sampler.
     pub since: Option<SystemTime>,
     /// The numbers of the layer beside their limits.
     pub facts: Vec<Fact>,
@@ -81,7 +81,7 @@ impl Status {
     }
 
     /// Returns the status as JSON, as the live page receives it: times in milliseconds since 1970, texts without markup.
-    /// Texts that may contain words of an upstream are left out.
+    /// The [details](LayerStatus::detail) are left out.
     #[must_use]
     pub fn to_json(&self) -> String {
         self.write_json(&StatusJson::default())
@@ -122,7 +122,7 @@ impl Status {
     }
 }
 
-/// The parts of a status that depend on the page.
+/// The options for the JSON text of a status.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StatusJson<'a> {
     pub(super) title: &'a str,
@@ -243,7 +243,7 @@ impl Registry {
     /// Returns the status of all watched layers: their states with reason, limit and time, the history of five minutes,
     /// and the last decisions.
     ///
-    /// The states are those of this time. The history and the rates need the [sampler](Self::run).
+    /// The states are read by this call. The history and the rates need the [sampler](Self::run).
     #[must_use]
     pub fn status(&self) -> Status {
         let layers = self.layers();

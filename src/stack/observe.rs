@@ -13,8 +13,8 @@ use crate::{
 
 impl Sealed for ClientHandle {}
 
-/// All layers have the name of the stack. The second deadline layer is left out: it only writes the time left into the
-/// request and rejects and ends no call, so all of its counts would be 0, in the series of the first one.
+/// All layers have the name of the stack. The second deadline layer is left out: it writes the remaining time into the
+/// request, and neither rejects nor ends a call. All of its counts would be 0, in the series of the first one.
 impl Observe for ClientHandle {
     fn parts(&self) -> Vec<Part> {
         let stack = &self.stack;

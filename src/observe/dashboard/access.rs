@@ -1,4 +1,4 @@
-//! The requests that the page serves. All parts of a request are untrusted input.
+//! The checks of a request for the page. All parts of a request are untrusted input.
 
 use std::{
     fmt,
@@ -51,7 +51,7 @@ type ControlGuard = Arc<dyn Fn(&Parts) -> Option<String> + Send + Sync>;
 pub(super) struct Access {
     pub(super) is_loopback: bool,
     pub(super) guard: Option<Guard>,
-    /// The further hosts.
+    /// The hosts that are allowed besides [`LOOPBACK_HOSTS`].
     pub(super) hosts: Vec<String>,
     pub(super) controls: Option<ControlGuard>,
 }

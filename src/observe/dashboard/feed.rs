@@ -30,7 +30,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 pub(super) struct PageOptions {
     pub(super) title: String,
     pub(super) has_controls: bool,
-    pub(super) has_reasons: bool,
+    pub(super) has_details: bool,
 }
 
 impl PageOptions {
@@ -38,7 +38,7 @@ impl PageOptions {
         StatusJson {
             title: &self.title,
             has_controls: self.has_controls,
-            has_details: self.has_reasons,
+            has_details: self.has_details,
             ..StatusJson::default()
         }
     }

@@ -13,7 +13,8 @@
 //!
 //! # async fn start() -> Result<(), Box<dyn std::error::Error>> {
 //! let registry = Registry::new();
-//! registry.watch(&CircuitBreakerLayer::http().name("search").handle())?;
+//! let breaker = CircuitBreakerLayer::http().name("search"); // a layer of a client
+//! registry.watch(&breaker.handle())?;
 //! tokio::spawn(registry.run()); // the history
 //! let dashboard = registry.dashboard().title("checkout").loopback();
 //! let app: Router = Router::new().layer(dashboard.layer()?); // http://127.0.0.1:8080/buttress/
@@ -24,12 +25,12 @@
 //!
 //! # Paths
 //!
-//! | path | gives |
+//! | path | response |
 //! |---|---|
 //! | `GET /buttress/` | the page |
 //! | `GET /buttress/status.json` | [`Status`](super::Status) as JSON, for scripts and tests |
-//! | `GET /buttress/events` | the same as server-sent events: `snapshot` at first, `tick` once a second with the changes, `decision` |
-//! | `POST /buttress/circuits/{name}/{open,close,reset}` | forces the state of a circuit; only with [`controls`](Dashboard::controls) |
+//! | `GET /buttress/events` | the same data as server-sent events: `snapshot` at first, `tick` once a second with the changes, `decision` |
+//! | `POST /buttress/circuits/{name}/{open,close,reset}` | sets the state of a circuit; only with [`controls`](Dashboard::controls) |
 //!
 //! The layer responds to all requests below `/buttress` itself, and passes others through. It responds even if the
 //! wrapped service is not ready. Put it outside of every layer that rejects, and outside of
@@ -58,8 +59,8 @@
 //!
 //! # Streams and drains
 //!
-//! A registry has at most 16 streams. Further pages get 503 and poll `status.json` each 5 s. A page in a hidden tab closes
-//! its stream. A reader that is slower than the ticks skips to the newest one, so no data is queued for it.
+//! A registry has at most 16 streams. A further stream gets 503, and its page polls `status.json` every 5 s. A page in a
+//! hidden tab closes its stream. A reader that is slower than the ticks skips to the newest one, so no data is queued for it.
 //!
 //! If the registry watches a [`Lifecycle`](crate::lifecycle::Lifecycle), the streams end when the process is
 //! *stopping*, so that an open page does not hold the drain.
@@ -158,15 +159,15 @@ impl Dashboard {
         self
     }
 
-    /// Lets the page force circuits open and closed, and reset them. The page asks for a confirmation first.
+    /// Adds controls to the page, which force circuits open and closed, and reset them after a confirmation.
     ///
     /// The closure returns the name of the person or program that makes the request, or `None` to decline it with 403. It
     /// runs for each `POST`, after the check of [access](self#access). Each use emits a WARN event and a
     /// [decision](super::Decision) with this name, of which at most 64 characters are used.
     ///
-    /// A `POST` is declined if a browser reports that another site has made it (`Sec-Fetch-Site`, or without it an `Origin`
-    /// that is not the host of the request), or if it has no header
-    /// `x-buttress-confirm` with the name of the circuit, which forms cannot send.
+    /// A `POST` is declined if a browser reports that another site has made it, by `Sec-Fetch-Site`, or without this header
+    /// by an `Origin` that is not the host of the request. It is also declined without the header `x-buttress-confirm` with
+    /// the name of the circuit. A form cannot send this header.
     pub fn controls<N: Into<String>>(
         mut self,
         guard: impl Fn(&Parts) -> Option<N> + Send + Sync + 'static,
@@ -179,7 +180,7 @@ impl Dashboard {
     /// Shows the texts of errors of health probes and health checks. By default they are withheld, because they can
     /// contain names of hosts and paths.
     pub fn with_reasons(mut self) -> Self {
-        self.options.has_reasons = true;
+        self.options.has_details = true;
         self
     }
 
@@ -197,7 +198,7 @@ impl Dashboard {
     ///
     /// # Errors
     ///
-    /// As [`layer`](Self::layer).
+    /// Returns the errors of [`layer`](Self::layer).
     pub fn service(self) -> Result<DashboardService, ConfigError> {
         Ok(EndpointService { endpoints: self.routes()? })
     }

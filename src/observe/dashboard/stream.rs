@@ -1,7 +1,7 @@
 //! Streams of server-sent events.
 //!
-//! A stream makes its next frame when its reader polls it, so a slow reader has at most one frame in this process, and
-//! continues with the newest sample.
+//! A stream makes its next frame when the server polls its body. So a stream with a slow reader holds at most one frame,
+//! and continues with the newest sample.
 
 use std::{
     fmt,
@@ -27,7 +27,7 @@ use crate::{
 /// The maximum number of open streams of a registry. A browser opens at most six connections to a host over HTTP/1.
 const MAX_STREAMS: usize = 16;
 
-/// The time between two comments, by which proxies notice that an idle connection is alive.
+/// The time between two comments, which keep a proxy from closing a connection without events.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
 
 /// Counts as one open stream of a registry until it is dropped.
@@ -68,7 +68,7 @@ pub(super) struct EventStream {
     sent_decision: u64,
     next_ping: Instant,
     timer: Pin<Box<Sleep>>,
-    /// Resolves when the process stops.
+    /// Resolves when the process is *stopping*.
     stopping: Option<Stopping>,
     _open: OpenStream,
 }

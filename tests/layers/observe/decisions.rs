@@ -103,7 +103,7 @@ async fn phases_of_the_process_and_changes_of_checks_are_decisions() {
     assert!(names.contains(&"check failed"), "{events:?}");
     let end: Vec<_> = names.iter().filter(|name| **name != "check failed").skip(1).collect();
     assert_eq!(end, [&"draining", &"stopping", &"stopped"], "{events:?}");
-    // The error of a check is not part of a decision, because readers of the page may not see it.
+    // The text of a failed check is not part of a decision, because the page withholds it by default.
     assert!(!format!("{events:?}").contains("no route"));
 }
 
