@@ -51,7 +51,7 @@ use super::{
     published::PublishedState,
     state::{CircuitSettings, CircuitState, CircuitToken, Rejection, Transition},
     sync_machine::SyncMachine,
-    trip::{Trip, TripReason},
+    trip::Trip,
 };
 use crate::{
     fault::NameCell,
@@ -363,24 +363,29 @@ impl Circuit {
         self.report(change);
     }
 
-    /// Reports a change of the reported state to the registries.
+    /// Reports a change of the reported state to the registries, in the words of the events of [`CircuitEvents::emit`].
     fn report(&self, change: Transition) {
-        let Transition { from, to, tripped, .. } = change;
-        if tripped.is_none() && from == to {
-            return;
+        let Transition { from, to, tripped, by, .. } = change;
+        let before = if tripped.is_some() { CircuitState::Open } else { from };
+        if let Some(why) = tripped {
+            self.reports.report(|| StateChange {
+                event: "circuit opened",
+                reason: Some(why.as_str()),
+                why: why.to_string(),
+            });
         }
-        let event = match to {
-            CircuitState::Closed => "circuit closed",
-            CircuitState::Open => "circuit opened",
-            CircuitState::HalfOpen => "circuit half-open",
-            CircuitState::ForcedOpen | CircuitState::ForcedClosed => "circuit forced",
+        let event = match (by, to) {
+            (Some(_), _) if from != to => "circuit forced",
+            (None, CircuitState::HalfOpen) if before != to => "circuit half-open",
+            (None, CircuitState::Closed) if before != to => "circuit closed",
+            _ => return,
         };
         self.reports.report(|| StateChange {
             event,
-            reason: tripped.as_ref().map(TripReason::as_str),
-            why: match tripped {
-                Some(why) => why.to_string(),
-                None => format!("{} before", from.as_str()),
+            reason: None,
+            why: match by {
+                Some(_) => format!("{}, {} before", to.as_str(), before.as_str()),
+                None => format!("{} before", before.as_str()),
             },
         });
     }

@@ -32,8 +32,8 @@ pub struct Decision {
     /// The name of the layer. `None` for a part of the process.
     pub name: Option<Arc<str>>,
     /// The change or the summary in words, such as `circuit opened` or `calls rejected`. The log has an event with this
-    /// message, except for the summaries `calls timed out`, `calls not retried` and `hedge attempts not sent`, and for
-    /// changes of health checks that a reporter makes.
+    /// message, except for the summaries `calls timed out`, `calls not retried` and `hedge attempts not sent`, for
+    /// `circuits opened` and `circuits closed` of a keyed layer, and for changes of health checks that a reporter makes.
     pub event: &'static str,
     /// The reason in `snake_case`, as in metrics and events.
     pub reason: Option<Cow<'static, str>>,
@@ -64,8 +64,8 @@ impl ReceiverWaker {
 
     fn wake(&self) {
         let waker = self.0.lock().take();
-        // The receiver must neither break the layer, which may be in a destructor, nor the receivers after it. `Notify`
-        // of tokio would forget the latter.
+        // A panic of the waker must neither reach the layer, which may be in a destructor, nor prevent that the receivers
+        // after this one are woken, as it does with tokio's `Notify`.
         let _ = catch_panic(|| waker.map(Waker::wake));
     }
 }
@@ -100,7 +100,7 @@ impl DecisionLog {
     fn add_waiting(&self, receiver: &Arc<ReceiverWaker>) {
         let mut waiting = self.waiting.lock();
         if !waiting.iter().any(|other| Arc::ptr_eq(other, receiver)) {
-            // A receiver is dropped with its waker, so no user code is dropped here.
+            // A receiver that is dropped removes its waker first, so no user code is dropped here.
             waiting.retain(|other| Arc::strong_count(other) > 1);
             waiting.push(receiver.clone());
         }
@@ -199,7 +199,7 @@ impl Decisions {
         let next = log.after(self.received).or_else(|| {
             self.waker.set(Some(cx.waker().clone()));
             log.add_waiting(&self.waker);
-            // Read again after the waker was added, so that no decision in between is missed.
+            // The log is read again after the waker was added, so that a decision in between is not missed.
             log.after(self.received)
         });
         // If this is the last reference to the log, its drop wakes this receiver.

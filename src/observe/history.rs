@@ -206,7 +206,7 @@ impl LayerHistory {
         let before = self.sampled.replace(now).unwrap_or(now);
         // The severity of a layer between two samplers is not known.
         self.since = None;
-        // A sampler has ended: its samples move to the past by the time without one.
+        // If a sampler has ended before, its samples are moved into the past by the time without a sampler.
         for (_, values) in self.tracks.values_mut().filter(|(_, values)| !values.is_empty()) {
             push(values, 0.0, whole_seconds(before, now));
         }
@@ -266,8 +266,7 @@ impl LayerHistory {
         summaries
     }
 
-    /// Sets the severity that the layer has at this sample. Returns whether the layer has become healthy, or has ceased
-    /// to be.
+    /// Sets the severity of the layer at this sample. Returns whether the layer became healthy, or stopped being healthy.
     pub(super) fn set_severity(&mut self, severity: Severity, at: SystemTime) -> bool {
         let is_healthy = severity == Severity::Healthy;
         let before = self.since.map(|(was_healthy, _)| was_healthy);

@@ -46,7 +46,8 @@ impl Registry {
     ///
     /// With the feature `metrics` it also publishes the metrics after [`publish_metrics`](Self::publish_metrics).
     ///
-    /// Metrics and the reports of state changes do not need the sampler. If the future is spawned more than once, one of
+    /// Metrics do not need the sampler, and neither do the reports of state changes, except those of a keyed circuit
+    /// breaker. If the future is spawned more than once, one of
     /// the tasks samples, and another one continues when it ends. A task holds no reference to the registry between two
     /// samples. Dropping the future stops the sampler.
     pub fn run(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
@@ -179,8 +180,8 @@ macro_rules! event_of_layer {
 impl Watched {
     /// Adds a sample of the layer to its history. Returns the summaries that are due, and the change of a keyed layer.
     ///
-    /// A keyed layer reports the first open circuit and the end of the last one. It does not report the changes of each
-    /// circuit: an outage opens all of them, and they would replace all other decisions.
+    /// A keyed layer reports that its first circuit is open, and that none is open any more. It does not report the changes
+    /// of each circuit: an outage opens all of them, and they would displace all other decisions from the log.
     fn sample(&self, now: Nanos) -> (Vec<EpisodeSummary>, Option<StateChange>) {
         let Some(state) = self.state.upgrade() else { return (Vec::new(), None) };
         let sample = LayerSample::of(&*state);

@@ -1,4 +1,4 @@
-//! The live page in Chromium: what a person on call sees, and what the page must not do.
+//! The live page in Chromium: its display for a person on call, and the effects that it must not have.
 
 use std::{
     env, fs,

@@ -543,7 +543,7 @@ async fn stream_begins_with_everything_and_ticks_once_a_second() {
     assert_eq!((&decision["event"], &decision["id"]), (&"circuit forced".into(), &1.into()));
     let (event, _, tick) = events.next().await;
     assert_eq!(event, "tick");
-    // The worst layer is first, and only the layer that has changed is sent.
+    // The most severe layer is first, and only the layer that has changed is sent.
     assert_eq!(tick["order"][0], "circuit_breaker/search");
     let changed = tick["layers"].as_array().unwrap();
     assert_eq!(changed.len(), 1, "{tick}");

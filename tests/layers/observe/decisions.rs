@@ -54,8 +54,8 @@ async fn transitions_of_a_circuit_are_decisions_with_reason_and_values() {
         ("circuit opened", Some("consecutive"), "2 failures in a row"),
         ("circuit half-open", None, "open before"),
         ("circuit closed", None, "half_open before"),
-        ("circuit forced", None, "closed before"),
-        ("circuit closed", None, "forced_open before"),
+        ("circuit forced", None, "forced_open, closed before"),
+        ("circuit forced", None, "closed, forced_open before"),
     ];
     let expected: Vec<_> = expected
         .into_iter()

@@ -125,7 +125,7 @@ async fn exemplar_of_a_queue_wait_has_the_trace_of_the_call_that_waited() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn hook_runs_only_for_a_due_slot_and_its_panic_harms_no_call() {
+async fn trace_hook_runs_once_per_bucket_and_second_and_its_panic_fails_no_call() {
     let registry = Registry::new();
     let config = ServerConfig::load("front").finish().unwrap();
     let server = buttress::server(&config).unwrap();
@@ -177,7 +177,7 @@ fn histogram(page: &Page, name: &str) -> Vec<(String, f64)> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn exporters_receive_each_value_and_call_durations_only_if_they_are_asked_for() {
+async fn exporters_receive_each_value_and_call_durations_only_when_enabled() {
     let recorder = PrometheusBuilder::new();
     let recorder = recorder.set_buckets_for_metric(Matcher::Prefix("buttress".into()), &[0.1, 1.0]);
     let recorder = recorder.unwrap().build_recorder();

@@ -77,7 +77,7 @@ impl Export {
         let excess: Vec<_> = others.difference(&own).collect();
         assert!(missing.is_empty() && excess.is_empty(), "{path}: {missing:#?} {excess:#?}");
         for (key, value) in &self.values {
-            // The wall clock goes on between two reads.
+            // The wall clock advances between two reads.
             let tolerance = if key.0.contains("timestamp") { 60.0 } else { 1e-9 };
             let other = other.values[key];
             assert!((value - other).abs() <= tolerance, "{path}: {key:?} is {value} and {other}");
@@ -205,7 +205,7 @@ async fn three_paths_export_the_same_counters_and_gauges() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn layer_that_is_gone_leaves_open_telemetry_and_so_does_a_dropped_registry() {
+async fn dropped_layer_and_dropped_registry_have_no_series_in_open_telemetry() {
     let registry = Registry::new();
     let prometheus = prometheus::Registry::new();
     let exporter = opentelemetry_prometheus::exporter().with_registry(prometheus.clone());
