@@ -15,7 +15,8 @@ use super::{
 };
 use crate::{
     observe::{
-        Condition, ForceCircuit, Observe, Observed, Part, Severity, Value, Visit, metrics::*,
+        Condition, ForceCircuit, Observe, Observed, Part, Severity, Value, Visit, counted,
+        metrics::*,
     },
     outcome::{LayerKind, Reason},
     report::ReportChange,
@@ -91,6 +92,7 @@ impl<Q: Send + Sync + 'static> Observed for Circuits<Q> {
         let state = if open > 0 { "open" } else { "closed" };
         let sentence = match open {
             0 => format!("None of {all} circuits is open."),
+            1 => format!("1 of {all} circuits is open."),
             _ => format!("{open} of {all} circuits are open."),
         };
         let rejected: u64 = circuits.iter().map(|circuit| circuit.rejected).sum();
@@ -161,13 +163,19 @@ impl Observed for Circuit {
         };
         let sentence = match state {
             CircuitState::Closed if opened == 0 => "The circuit is closed.".to_owned(),
-            CircuitState::Closed => format!("The circuit is closed. It has opened {opened} times."),
+            CircuitState::Closed => {
+                format!(
+                    "The circuit is closed. It has opened {}.",
+                    counted(opened, "time", "times")
+                )
+            }
             CircuitState::Open => format!("The circuit is open: {why}."),
             CircuitState::HalfOpen => {
                 format!("The circuit is half-open. It opened because: {why}.")
             }
             CircuitState::ForcedOpen if isolations > 0 => {
-                format!("The circuit is held open by {isolations} isolations.")
+                let isolations = counted(isolations, "isolation", "isolations");
+                format!("The circuit is held open by {isolations}.")
             }
             CircuitState::ForcedOpen => "The circuit was forced open.".to_owned(),
             CircuitState::ForcedClosed => {

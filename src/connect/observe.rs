@@ -10,7 +10,8 @@ use super::{
 };
 use crate::{
     observe::{
-        Condition, Observe, Observed, Part, Severity, Value, Visit, VisitHistogram, metrics::*,
+        Condition, Observe, Observed, Part, Severity, Value, Visit, VisitHistogram, counted,
+        metrics::*,
     },
     outcome::{LayerKind, RejectedKind},
     sealed::Sealed,
@@ -75,9 +76,13 @@ impl Observed for ConnectState {
             _ if waiting >= max_waiting => (Severity::Failing, "full"),
             _ => (Severity::Strained, "full"),
         };
+        let connections = counted(open, "connection is open", "connections are open");
         let sentence = match waiting {
-            0 => format!("{open} connections are open."),
-            _ => format!("{open} connections are open, and {waiting} calls wait for one."),
+            0 => format!("{connections}."),
+            _ => {
+                let calls = counted(waiting, "call waits", "calls wait");
+                format!("{connections}, and {calls} for one.")
+            }
         };
         Condition::new(severity, state, sentence)
             .count("connections", open as u64, max_total.map(|max| max as u64))

@@ -145,7 +145,8 @@ impl Observed for CheckRegistry {
             0 => format!("{0} of {0} health checks pass.", checks.len()),
             failing => {
                 let names = all.join(", ");
-                format!("{failing} of {} health checks do not pass: {names}.", checks.len())
+                let verb = if failing == 1 { "does" } else { "do" };
+                format!("{failing} of {} health checks {verb} not pass: {names}.", checks.len())
             }
         };
         let (passed, checks) = ((checks.len() - all.len()) as u64, checks.len() as u64);

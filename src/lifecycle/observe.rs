@@ -9,7 +9,7 @@ use super::{
 #[cfg(feature = "dashboard")]
 use crate::observe::Stopping;
 use crate::{
-    observe::{Condition, Observe, Observed, Part, Severity, Visit, metrics::*},
+    observe::{Condition, Observe, Observed, Part, Severity, Visit, counted, metrics::*},
     outcome::{LayerKind, RejectedKind},
     report::ReportChange,
     sealed::Sealed,
@@ -56,6 +56,7 @@ impl Observed for LifecycleState {
 
     fn condition(&self) -> Condition {
         let (phase, in_flight) = (self.phase(), self.in_flight());
+        let calls = counted(in_flight, "call is in flight", "calls are in flight");
         let severity = match phase {
             LifecyclePhase::Ready => Severity::Healthy,
             LifecyclePhase::Stopped => Severity::Failing,
@@ -65,10 +66,10 @@ impl Observed for LifecycleState {
             LifecyclePhase::Starting => "The process is starting. It is not ready yet.".to_owned(),
             LifecyclePhase::Ready => "The process is ready.".to_owned(),
             LifecyclePhase::Draining => {
-                format!("The process is draining: {in_flight} calls are in flight.")
+                format!("The process is draining: {calls}.")
             }
             LifecyclePhase::Stopping => {
-                format!("The process is stopping: {in_flight} calls are in flight.")
+                format!("The process is stopping: {calls}.")
             }
             LifecyclePhase::Stopped => "The process has stopped.".to_owned(),
         };

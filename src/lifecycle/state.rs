@@ -306,7 +306,7 @@ impl LifecycleState {
             self.reports.report(|| StateChange {
                 event: phase.as_str(),
                 reason: None,
-                why: format!("{} calls are in flight", self.in_flight()),
+                why: format!("calls in flight: {}", self.in_flight()),
             });
         }
         // A step with a duration of zero is over before this function returns, without the driver task.

@@ -47,6 +47,15 @@ pub struct Fact {
     pub unit: &'static str,
 }
 
+/// Returns a number with the words that follow it: `1 call is`, `2 calls are`.
+pub(crate) fn counted<N>(count: N, one: &str, many: &str) -> String
+where
+    N: fmt::Display + PartialEq + From<u8>,
+{
+    let words = if count == N::from(1) { one } else { many };
+    format!("{count} {words}")
+}
+
 /// The condition of a layer at one time, without its history.
 #[derive(Clone, Debug)]
 pub(crate) struct Condition {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    condition::{Condition, Severity},
+    condition::{Condition, Severity, counted},
     episode::{Episode, Summary},
     metric::{Metric, Value},
     metrics::*,
@@ -298,14 +298,12 @@ impl LayerHistory {
         episodes.sort_by_key(|(_, _, episode)| std::cmp::Reverse(episode.total()));
         for (kind, reason, episode) in episodes {
             condition.severity = condition.severity.max(Severity::Strained);
-            let verb = match kind {
-                Repeated::Timeouts => "timed out",
-                _ => "were rejected",
+            let seconds = episode.age(now).div_ceil(1_000_000_000);
+            let calls = match kind {
+                Repeated::Timeouts => counted(episode.total(), "call timed out", "calls timed out"),
+                _ => counted(episode.total(), "call was rejected", "calls were rejected"),
             };
-            let (count, seconds) = (episode.total(), episode.age(now).div_ceil(1_000_000_000));
-            condition
-                .sentence
-                .push_str(&format!(" {count} calls {verb} in {seconds} s ({reason})."));
+            condition.sentence.push_str(&format!(" {calls} in {seconds} s ({reason})."));
         }
     }
 

@@ -98,7 +98,7 @@ pub use self::facade::MetricsPublisher;
 #[cfg(feature = "dashboard")]
 pub(crate) use self::visit::Stopping;
 pub(crate) use self::{
-    condition::Condition,
+    condition::{Condition, counted},
     exports::ExportCell,
     histogram::{CALL_BOUNDS, FixedHistogram, RETRY_BOUNDS, WAIT_BOUNDS},
     visit::{ForceCircuit, Observed, VisitHistogram},

@@ -5,7 +5,8 @@ use std::sync::{Arc, Weak};
 use super::{client::ClientHandle, meter::MeterLayer, server::ServerHandle};
 use crate::{
     observe::{
-        Condition, Observe, Observed, Part, Severity, Value, Visit, VisitHistogram, metrics::*,
+        Condition, Observe, Observed, Part, Severity, Value, Visit, VisitHistogram, counted,
+        metrics::*,
     },
     report::ReportChange,
     sealed::Sealed,
@@ -73,7 +74,7 @@ impl Observed for MeterLayer {
         let counts = self.counts();
         let ended = counts.successes + counts.failures + counts.throttled + counts.cancelled;
         let in_flight = counts.begun.saturating_sub(ended + counts.rejected);
-        let sentence = format!("{in_flight} calls are in flight.");
+        let sentence = counted(in_flight, "call is in flight.", "calls are in flight.");
         let mut condition = Condition::new(Severity::Healthy, "", sentence)
             .count("in flight", in_flight, None)
             .count("calls", ended + counts.rejected, None);

@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 
 use super::settings::{TimeoutHandle, TimeoutState};
 use crate::{
-    observe::{Condition, Observe, Observed, Part, Severity, Visit, metrics::*},
+    observe::{Condition, Observe, Observed, Part, Severity, Visit, counted, metrics::*},
     outcome::{LayerKind, RejectedKind, TimeoutPhase},
     sealed::Sealed,
 };
@@ -46,7 +46,8 @@ impl Observed for TimeoutState {
     fn condition(&self) -> Condition {
         let (rejected, timed_out) = self.counts();
         let timed_out: u64 = timed_out.iter().sum();
-        let sentence = format!("{timed_out} calls have timed out since the start.");
+        let sentence = counted(timed_out, "call has timed out", "calls have timed out");
+        let sentence = format!("{sentence} since the start.");
         Condition::new(Severity::Healthy, "", sentence).count("timed out", timed_out, None).count(
             "calls rejected",
             rejected,

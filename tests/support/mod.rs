@@ -4,7 +4,6 @@
 
 mod body;
 pub mod contract;
-pub mod event_log;
 pub mod fuzz;
 pub mod net;
 pub mod pipe;
