@@ -23,11 +23,11 @@ pub(crate) trait ReportChange: fmt::Debug + Send + Sync {
     /// Receives a change. It may wake tasks.
     fn report(&self, change: &StateChange);
 
-    /// Returns whether anything still receives the changes.
+    /// Returns whether the registry behind this receiver still exists.
     fn is_alive(&self) -> bool;
 }
 
-/// The receivers of the changes of a layer. Without the feature `observe` it is empty and has no code.
+/// The receivers of the changes of a layer. Without the feature `observe` the cell is empty, and a report does nothing.
 ///
 /// A fork of a layer starts with an empty cell, because a registry watches each layer by its handle.
 #[derive(Debug, Default)]

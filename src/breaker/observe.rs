@@ -46,7 +46,7 @@ impl<Q: Send + Sync + 'static> Observe for KeyedCircuitBreakerHandle<Q> {
     }
 }
 
-/// A circuit has series of its own only for a limited number of keys: keys come from requests, and there may be many.
+/// Only a limited number of circuits have series of their own, because keys come from requests and can be many.
 impl<Q: Send + Sync + 'static> Observed for Circuits<Q> {
     fn observe(&self, to: &mut dyn Visit) {
         let max_keys = to.max_keys();
@@ -155,7 +155,7 @@ impl Observed for Circuit {
             });
         let rejected: u64 = self.rejected().iter().sum();
         let why =
-            last_trip.map_or_else(|| "it has not opened yet".to_owned(), |why| why.to_string());
+            last_trip.map_or_else(|| "the reason is not known".to_owned(), |why| why.to_string());
         let severity = match state {
             CircuitState::Closed => Severity::Healthy,
             CircuitState::HalfOpen | CircuitState::ForcedClosed => Severity::Strained,
@@ -187,10 +187,14 @@ impl Observed for Circuit {
         let next = match state {
             CircuitState::Closed => None,
             CircuitState::Open => Some("Then calls are admitted as half-open probes."),
-            CircuitState::HalfOpen => Some("The results of the half-open probes close or open it."),
-            CircuitState::ForcedOpen if isolations > 0 => Some("It ends with the last isolation."),
+            CircuitState::HalfOpen => {
+                Some("The results of the half-open probes close or open the circuit.")
+            }
+            CircuitState::ForcedOpen if isolations > 0 => {
+                Some("This state ends with the last isolation.")
+            }
             CircuitState::ForcedOpen | CircuitState::ForcedClosed => {
-                Some("Reset it to end this state.")
+                Some("Reset the circuit to end this state.")
             }
         };
         let is_open = state == CircuitState::Open;

@@ -33,7 +33,7 @@ impl Observed for HedgeSettings {
         let declined =
             HedgeDeclineReason::ALL.map(|reason| (reason.as_str(), self.declined(reason)));
         to.counts(&HEDGE_DECLINED, "reason", declined);
-        // Absent if no hedge attempt is sent, such as before a percentile is known.
+        // Absent while no hedge attempt is sent, for example before a percentile is known.
         if let Some(delay) = self.delay() {
             to.number(&HEDGE_DELAY, delay.as_secs_f64());
         }

@@ -39,7 +39,7 @@ impl Observed for LifecycleState {
     fn stopping(&self) -> Option<Stopping> {
         let mut steps = self.steps();
         Some(Box::pin(async move {
-            // It fails if the lifecycle is dropped, and then no drain begins.
+            // `wait_for` fails if the lifecycle was dropped. Then no drain begins, so the future never resolves.
             if steps.wait_for(|now| *now >= super::state::LifecycleStep::Stopping).await.is_err() {
                 std::future::pending::<()>().await;
             }

@@ -33,7 +33,7 @@ impl fmt::Display for Severity {
     }
 }
 
-/// A number of a layer, with its limit if it has one.
+/// A number of a layer, with its maximum if it has one.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Fact {
@@ -41,7 +41,7 @@ pub struct Fact {
     pub label: &'static str,
     /// The number.
     pub value: f64,
-    /// The limit of the number.
+    /// The maximum of the number, such as a limit or a total.
     pub max: Option<f64>,
     /// The unit: `s` for seconds, otherwise empty.
     pub unit: &'static str,

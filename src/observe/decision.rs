@@ -1,4 +1,4 @@
-//! The decisions of the watched layers: changes of their states, and summaries of their rejections.
+//! The decisions of the watched layers: changes of their states and settings, and summaries of repeated events.
 
 use std::{
     borrow::Cow,
@@ -19,7 +19,8 @@ use crate::{
 /// The maximum number of decisions that a registry keeps.
 const MAX_DECISIONS: usize = 256;
 
-/// A decision of a watched layer: a change of its state, or a summary of calls that it has rejected.
+/// A decision of a watched layer: a change of its state or its settings, the use of a control on the live page, or a
+/// summary of calls, such as those that the layer has rejected.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Decision {
@@ -27,7 +28,7 @@ pub struct Decision {
     pub id: u64,
     /// The time of the decision. The time of a summary is that of the sample that contains it.
     pub at: SystemTime,
-    /// The kind of the layer, as the label `layer` of its metrics.
+    /// The kind of the layer, such as `circuit_breaker`. Metrics with the label `layer` have the same value.
     pub layer: &'static str,
     /// The name of the layer. `None` for a part of the process.
     pub name: Option<Arc<str>>,
@@ -183,7 +184,7 @@ impl Decisions {
     ///
     /// Dropping the future loses no decision.
     pub async fn next(&mut self) -> Option<Decision> {
-        /// Removes the waker when the receiver does not wait any more.
+        /// Removes the waker when the receiver no longer waits.
         struct Waiting<'a>(&'a mut Decisions);
         impl Drop for Waiting<'_> {
             fn drop(&mut self) {
@@ -219,7 +220,7 @@ impl Decisions {
 
 impl Drop for Decisions {
     fn drop(&mut self) {
-        // A future of `next` that was leaked has left its waker.
+        // A future of `next` that was leaked has not removed its waker.
         self.waker.set(None);
     }
 }

@@ -29,15 +29,15 @@ const MAX_CHARS: usize = 128 - "trace_id".len();
 pub struct TraceId(Arc<str>);
 
 impl TraceId {
-    /// Returns an id of W3C trace context, which OpenTelemetry uses too, in hexadecimal form. `None` for the invalid id
-    /// that consists of zeros.
+    /// Returns an id of W3C trace context, which OpenTelemetry uses too, in hexadecimal form. Returns `None` for the
+    /// invalid id that consists of zeros.
     #[must_use]
     pub fn from_bytes(id: [u8; 16]) -> Option<Self> {
         let id = u128::from_be_bytes(id);
         (id != 0).then(|| Self(format!("{id:032x}").into()))
     }
 
-    /// Returns an id of any other form. `None` if it is empty or has more than 120 characters.
+    /// Returns an id of any other form. Returns `None` if the text is empty or has more than 120 characters.
     #[must_use]
     pub fn from_text(id: &str) -> Option<Self> {
         (1..=MAX_CHARS).contains(&id.chars().count()).then(|| Self(id.into()))

@@ -1,9 +1,9 @@
 //! The exports of a registry besides counters and gauges: the values of histograms one by one, and exemplars.
 //!
-//! A histogram of a layer has an [`ExportCell`], which is empty until a registry needs the values: an unused cell costs a
-//! record one load. The registry fills the cell with a [`HistogramExport`]. The hook for trace ids, the recorder of the
-//! facade and the SDK of OpenTelemetry are user code, so a value is exported without a lock of this crate, and a panic is
-//! caught.
+//! A histogram of a layer has an [`ExportCell`], which is empty until a registry needs the values. With an empty cell, a
+//! call that records a value pays for one load. The registry fills the cell with a [`HistogramExport`]. The hook for trace
+//! ids, the recorder of the facade and the SDK of OpenTelemetry are user code, so a value is exported without a lock of
+//! this crate, and a panic is caught.
 
 use std::{
     fmt,
@@ -88,7 +88,7 @@ impl Exports {
         self.call_durations.store(true, Relaxed);
     }
 
-    /// Returns whether the values of a histogram are exported one by one, beside the exemplars.
+    /// Returns whether the values of a histogram are exported one by one. Exemplars do not count.
     fn exports_values(&self, metric: &'static Metric) -> bool {
         let mut exports = false;
         #[cfg(feature = "metrics")]
@@ -214,7 +214,7 @@ impl HistogramExport {
         let _ = (self, value);
     }
 
-    /// Returns the exemplar of each bucket. Empty if the histogram has none.
+    /// Returns the exemplar of each bucket, or an empty list if the histogram has no exemplars.
     pub(super) fn exemplars(&self) -> Vec<Option<Exemplar>> {
         self.exemplars.as_ref().map(BucketExemplars::exemplars).unwrap_or_default()
     }

@@ -14,7 +14,7 @@ use crate::user_code::catch_panic;
 
 impl Registry {
     /// Publishes the counters and gauges through the `metrics` facade, once a second while the sampler of this registry
-    /// runs. A process without the sampler calls [`MetricsPublisher::publish`] itself.
+    /// [runs](Self::run). A process without the sampler calls [`MetricsPublisher::publish`] itself.
     ///
     /// The values of histograms are recorded when they arise, from this call on: waits in queues, delays and numbers of
     /// retries, and the durations of calls after [`export_call_durations`](Self::export_call_durations).
@@ -84,7 +84,8 @@ impl MetricsPublisher {
         }
     }
 
-    /// Publishes the current values of all counters and gauges to the installed recorder.
+    /// Publishes the current values of all counters and gauges to the installed recorder. Also turns on
+    /// [`Registry::publish_metrics`], so that the values of histograms are recorded from the first publication on.
     pub fn publish(&mut self, registry: &Registry) {
         registry.publish_metrics();
         with_recorder(|recorder| {
@@ -183,7 +184,8 @@ impl std::fmt::Debug for Handle {
     }
 }
 
-/// Returns whether the facade has a counter for this metric. It has none for seconds.
+/// Returns whether the facade has a counter for this metric. A counter of the facade is an integer, so it has none for
+/// seconds.
 fn is_counter(metric: &Metric) -> bool {
     metric.kind == MetricKind::Counter && metric.unit != "s"
 }

@@ -91,14 +91,14 @@ impl<const N: usize> FixedHistogram<N> {
         self.sum.fetch_add(billionths, Relaxed);
     }
 
-    /// Returns the place for the export.
+    /// Returns the cell for the export.
     pub(crate) fn export_cell(&self) -> &ExportCell {
         &self.export
     }
 
     pub(crate) fn snapshot(&self) -> HistogramSnapshot {
-        // The sum is read first, so that it never contains values that the counts lack by more than the calls that are
-        // recorded at this moment.
+        // `add` increases the counts before the sum, so the sum is read before the counts. `Relaxed` does not guarantee
+        // this order, so counts and sum can differ by the values that other threads record at this moment.
         let sum = self.sum.load(Relaxed) as f64 / 1e9;
         let counts = self.counts.iter().map(|count| count.load(Relaxed)).collect();
         let exemplars = self.export.get().map(|export| export.exemplars()).unwrap_or_default();

@@ -22,12 +22,14 @@ pub(super) const MAX_SAMPLES: usize = 300;
 const RECENT_SAMPLES: usize = 10;
 /// The minimum shares of failed calls with which a stack is strained or failing, and the minimum number of calls.
 const STRAINED_SHARE: f64 = 0.1;
+/// The minimum share of failed calls that makes a stack failing.
 const FAILING_SHARE: f64 = 0.5;
+/// The minimum number of calls from which a share is computed.
 const MIN_CALLS: f64 = 5.0;
 
 // ===== Tracks =====
 
-/// A series of samples that is kept for each layer that has the metric.
+/// The definition of a track: the samples of one metric, for each layer that has the metric.
 pub(super) struct TrackKind {
     metric: &'static Metric,
     pub(super) label: &'static str,
@@ -166,7 +168,7 @@ pub(super) struct LayerHistory {
     since: Option<(bool, SystemTime)>,
 }
 
-/// One track of a layer with its samples. The last one is the newest.
+/// The samples of one number of a layer. The last sample is the newest.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Track {
@@ -174,7 +176,7 @@ pub struct Track {
     pub label: &'static str,
     /// `/s` for an increase in one second, otherwise empty.
     pub unit: &'static str,
-    /// The samples, one for each second.
+    /// The samples, one for each second of the last five minutes.
     pub values: Vec<f32>,
 }
 
@@ -253,8 +255,9 @@ impl LayerHistory {
         for (kind, reason, total) in sample.repeated {
             let events = self.repeated.entry((kind, reason.clone())).or_default();
             let count = total.saturating_sub(std::mem::replace(&mut events.total, total));
-            let is_worse = |(severity, _): &(Severity, String)| condition.severity > *severity;
-            if count > 0 && events.why.as_ref().is_none_or(is_worse) {
+            let is_more_severe =
+                |(severity, _): &(Severity, String)| condition.severity > *severity;
+            if count > 0 && events.why.as_ref().is_none_or(is_more_severe) {
                 events.why = Some((condition.severity, condition.sentence.clone()));
             }
             let Some(summary) = Episode::record(&mut events.episode, count, before, now) else {

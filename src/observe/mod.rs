@@ -1,8 +1,9 @@
 //! Metrics of all layers: one registry that reads them when they are scraped, and exports them.
 //!
 //! Layers count for themselves. A [`Registry`] reads their counts and states when a scrape arrives, so an admitted call
-//! costs nothing more. The one exception is a ready-made stack, whose calls record their latency by two atomic
-//! additions. `docs/metrics.md` lists the metrics with their units and labels.
+//! costs nothing more. There are two exceptions: the calls of a ready-made stack record their latency by two atomic
+//! additions, and an [export](#exports) receives the values of histograms from the calls. `docs/metrics.md` lists the
+//! metrics with their units and labels.
 //!
 //! ```
 //! use axum::Router;
@@ -37,8 +38,8 @@
 //!
 //! # Labels
 //!
-//! All labels except `name`, `check` and `version` have closed sets of values. Every value of a set is exported from the
-//! first scrape, with 0: otherwise `rate()` would miss the first increment.
+//! All labels except `name`, `key`, `check` and `version` have closed sets of values. Every value of a set is exported
+//! from the first scrape, with 0: otherwise `rate()` would miss the first increment.
 //!
 //! # Exports
 //!

@@ -131,7 +131,7 @@ struct Collections {
 struct CollectionState {
     /// The attributes by series.
     attributes: SeriesMap<Arc<[KeyValue]>>,
-    /// The points that no callback has taken, by the address of the metric.
+    /// The points that no callback has removed, by the address of the metric.
     points: HashMap<usize, Points>,
     visited: Option<Instant>,
 }
@@ -149,7 +149,8 @@ impl Collections {
         }
     }
 
-    /// Takes the points of a metric, after a visit if another callback does not share its visit.
+    /// Removes and returns the points of a metric. Visits all layers first, unless another callback of this collection has
+    /// done so.
     fn take(&self, metric: &'static Metric) -> Points {
         let key = ptr::from_ref(metric) as usize;
         let mut attributes = {

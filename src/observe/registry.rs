@@ -32,7 +32,7 @@ const MAX_NAME_BYTES: usize = 64;
 /// The maximum number of keys of a keyed layer in the metrics.
 const MAX_KEYS: usize = 1000;
 
-/// The layers that the process observes.
+/// The layers that a process watches, with their metrics, status and decisions.
 ///
 /// A registry holds no layer alive: a layer whose last service and handle are dropped disappears from the metrics. Clones
 /// share the layers.

@@ -1,4 +1,4 @@
-//! The sampler: reads all layers once a second, keeps their history, and summarises rejections.
+//! The sampler: reads all layers once a second, records their history, and summarises repeated events.
 
 use std::{
     borrow::Cow,
@@ -30,7 +30,8 @@ use crate::{
 pub(super) const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Registry {
-    /// Reads all layers once a second until the registry is dropped. Spawn the future once:
+    /// Returns the sampler: a future that reads all layers once a second until the last clone of the registry is dropped.
+    /// Spawn it once:
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() {
@@ -39,10 +40,14 @@ impl Registry {
     /// # }
     /// ```
     ///
-    /// The sampler keeps five minutes of history for the [status](Self::status), and reports an outage in the log and as
-    /// [decisions](Self::decisions) without a line for each call: `calls rejected` (WARN) in the first second with
-    /// rejections and then at most once in 10 s for each layer and reason, and `calls are admitted again` (INFO) after
-    /// 10 s without one; `retry budget used up` (WARN) and `retry budget is back` (INFO).
+    /// The sampler records five minutes of history for the [status](Self::status). It reports an outage in the log and as
+    /// [decisions](Self::decisions), without a line for each call:
+    ///
+    /// - `calls rejected` (WARN) in the first second with rejections and then at most once in 10 s for each layer and
+    ///   reason, and `calls are admitted again` (INFO) after 10 s without a rejection.
+    /// - `retry budget used up` (WARN) at the first retry that the budget does not permit, and `retry budget is back`
+    ///   (INFO) after 10 s without such a retry. The decision, but not the log, repeats the first one at most once in 10 s.
+    /// - `calls timed out`, `calls not retried` and `hedge attempts not sent` as decisions only, with the same limit.
     ///
     /// With the feature `metrics` it also publishes the metrics after [`publish_metrics`](Self::publish_metrics).
     ///

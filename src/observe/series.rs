@@ -8,7 +8,7 @@ use std::{
 
 use super::metric::Metric;
 
-/// The maximum number of kept series that the last pass has not visited. A layer has about 60 counters.
+/// The maximum number of stored series that the last pass has not visited. A layer has about 60 counters.
 const MAX_ENDED: usize = 10_000;
 
 /// Values by series. A pass is one visit of all series: [`begin`](Self::begin), [`get`](Self::get) for each of them, and
@@ -61,8 +61,8 @@ impl<T> SeriesMap<T> {
         &mut found[at].value
     }
 
-    /// Ends a pass. `keeps` receives each series that the pass has not visited, and returns whether the map keeps it. Of
-    /// more than [`MAX_ENDED`] kept series, those that have not been visited for the longest time are removed.
+    /// Ends a pass. `keeps` receives each series that the pass has not visited, and returns whether it stays in the map. If
+    /// more than [`MAX_ENDED`] of these stay, those that have not been visited for the longest time are removed.
     pub(super) fn end(&mut self, mut keeps: impl FnMut(&mut T) -> bool) {
         let pass = self.pass;
         let mut ended = Vec::new();
@@ -72,7 +72,7 @@ impl<T> SeriesMap<T> {
             !found.is_empty()
         });
         if ended.len() > MAX_ENDED {
-            // Half of them, so that not every pass sorts.
+            // Half of `MAX_ENDED` or fewer remain, so that the next passes need no selection.
             let nth = ended.len() - MAX_ENDED / 2;
             let (_, last_removed, _) = ended.select_nth_unstable(nth);
             self.series.retain(|_, found| {
@@ -83,7 +83,8 @@ impl<T> SeriesMap<T> {
     }
 }
 
-/// Returns the hash of a series. Names and labels do not come from requests, so a fast function suffices.
+/// Returns the hash of a series. Only the label `key` can come from requests, and a layer has 1000 keys or fewer in the
+/// metrics, so collisions are bounded and a fast function suffices.
 fn hash(metric: &'static Metric, name: Option<&str>, labels: &[(&'static str, &str)]) -> u64 {
     // The multiplier of FxHash. Its high bits, which the rotation moves down, depend on all bits of the input.
     let mix =

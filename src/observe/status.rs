@@ -45,11 +45,11 @@ pub struct Status {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LayerStatus {
-    /// The kind of the layer, as the label `layer` of its metrics.
+    /// The kind of the layer, such as `circuit_breaker`. Metrics with the label `layer` have the same value.
     pub layer: &'static str,
     /// The name of the layer. `None` for a part of the process.
     pub name: Option<Arc<str>>,
-    /// The severity.
+    /// The severity of the state.
     pub severity: Severity,
     /// The state in one word. Empty if the layer has no states.
     pub state: &'static str,
@@ -65,9 +65,9 @@ pub struct LayerStatus {
     pub detail: Option<String>,
     /// The time of the sample at which the layer became healthy, or stopped being healthy. `None` without the sampler.
     pub since: Option<SystemTime>,
-    /// The numbers of the layer beside their limits.
+    /// The numbers of the layer with their limits.
     pub facts: Vec<Fact>,
-    /// The samples of the last five minutes.
+    /// The samples of the last five minutes. Empty without the sampler.
     pub tracks: Vec<Track>,
     /// Whether the layer is a circuit that can be forced by hand.
     pub(super) is_circuit: bool,
@@ -139,7 +139,7 @@ impl Default for StatusJson<'_> {
 }
 
 impl LayerStatus {
-    /// Returns the identifier of the layer in its registry.
+    /// Returns the identifier of the layer in its registry: the kind and the name, such as `circuit_breaker/search`.
     #[must_use]
     pub fn id(&self) -> String {
         match &self.name {
@@ -240,7 +240,7 @@ fn millis(at: SystemTime) -> u128 {
 // ===== The registry =====
 
 impl Registry {
-    /// Returns the status of all watched layers: their states with reason, limit and time, the history of five minutes,
+    /// Returns the status of all watched layers: their states with reasons, limits and times, the history of five minutes,
     /// and the last decisions.
     ///
     /// The states are read by this call. The history and the rates need the [sampler](Self::run).
@@ -282,7 +282,7 @@ impl Registry {
 impl Watched {
     fn status(&self, at: SystemTime, now: Nanos, is_sampled: bool) -> Option<LayerStatus> {
         let mut condition = self.state.upgrade()?.condition();
-        // Without the sampler, the history is that of a sampler that has ended: its last episodes would never end.
+        // Without a running sampler, the history is that of an earlier sampler, whose last episodes would never end.
         let (since, tracks) = if is_sampled {
             let history = self.history.lock();
             history.assess(&mut condition, now);

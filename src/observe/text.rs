@@ -17,7 +17,8 @@ pub(super) enum Format {
 }
 
 impl Format {
-    /// Returns the format for the value of an `Accept` header. OpenMetrics only if it is named.
+    /// Returns the format for the value of an `Accept` header: OpenMetrics if the header names it, otherwise that of
+    /// Prometheus.
     pub(super) fn accepted(accept: &str) -> Self {
         let accepts = |range: &str| {
             let mut parts = range.split(';').map(str::trim);

@@ -1,4 +1,4 @@
-//! How a registry reads the state of a layer.
+//! The traits by which a registry reads the state of a layer.
 
 use std::sync::{Arc, Weak};
 
@@ -98,7 +98,8 @@ pub(crate) trait Observed: Send + Sync + 'static {
     /// Visits the histograms of this layer with their labels, without the name.
     fn visit_histograms(&self, _: &mut VisitHistogram<'_>) {}
 
-    /// Returns the state in words. Runs no user code.
+    /// Returns the state in words. No lock may be held: a read can emit the event of a change that is due by time, and the
+    /// subscriber of the event is user code.
     fn condition(&self) -> Condition;
 
     /// Adds a receiver of the changes of the state.
@@ -132,7 +133,7 @@ pub(crate) enum ForceCircuit {
 pub(crate) type VisitHistogram<'a> =
     dyn FnMut(&'static Metric, &[(&'static str, &str)], &ExportCell) + 'a;
 
-/// A part of what a [`Registry`](super::registry::Registry) watches: one layer.
+/// One layer, or one part of the process, that a [`Registry`](super::registry::Registry) watches.
 ///
 /// It does not keep the layer alive.
 pub struct Part {
@@ -169,8 +170,8 @@ impl std::fmt::Debug for Part {
     }
 }
 
-/// What a [`Registry`](super::registry::Registry) can watch: the handles of layers and stacks, and the registries of
-/// health checks.
+/// A handle that a [`Registry`](super::registry::Registry) can watch: that of a layer or a stack, a health registry, or a
+/// lifecycle.
 ///
 /// The trait is sealed: it cannot be implemented outside of this crate.
 pub trait Observe: Sealed {

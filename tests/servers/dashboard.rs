@@ -129,7 +129,7 @@ async fn opening_circuit_appears_within_two_seconds_with_reason_and_countdown() 
     assert!(text.contains("Ends in 30 s.") || text.contains("Ends in 29 s."), "{text}");
     assert!(text.contains("half-open probe"), "{text}");
     browser.wait_until(&format!("{attention}.includes('Ends in 27 s.')"), secs(5)).await;
-    // The verdict changes at most each 5 s.
+    // The verdict changes at most once in 5 s.
     let counted = format!("{verdict} === '1 of 2 layers needs attention'");
     browser.wait_until(&counted, secs(6)).await;
     let row = browser.eval("document.querySelector('#layers .failing').innerText").await;
@@ -164,7 +164,7 @@ async fn lost_data_is_marked_as_old_and_a_restart_is_stated() {
         lost.starts_with("⚠ Nothing received for ") && lost.ends_with("the data below is old"),
         "{lost}"
     );
-    // The alert is a text for screen readers that does not change each second.
+    // The text of the alert for screen readers does not change each second.
     let alert = browser.eval("document.querySelector('[role=alert]').textContent").await;
     assert!(alert.as_str().unwrap().starts_with("Nothing received for "), "{alert}");
     browser.wait_until(&format!("{count} !== {:?}", lost), secs(3)).await;
@@ -187,7 +187,7 @@ async fn lost_data_is_marked_as_old_and_a_restart_is_stated() {
     assert!(quiet.as_str().unwrap().contains("circuit breaker reports"), "{quiet}");
     assert_eq!(browser.events("Runtime.exceptionThrown").len(), 0);
 
-    // An end of the stream with the same process behind it is no restart.
+    // If the stream ends and the process is the same, the page states no restart.
     process.lifecycle.drain();
     process.lifecycle.skip_delay();
     browser.wait_until("document.getElementById('mark').textContent.includes('polling') || !document.getElementById('alert').hidden", secs(10)).await;
@@ -207,7 +207,7 @@ async fn page_without_a_free_stream_polls() {
         streams.push(stream);
     }
     browser.open(&process.url()).await;
-    let polls = "document.getElementById('mark').textContent.startsWith('◌ polling each 5 s')";
+    let polls = "document.getElementById('mark').textContent.startsWith('◌ polling every 5 s')";
     browser.wait_until(polls, secs(5)).await;
     trip(&search);
     let shown = "document.getElementById('attention').innerText.includes('5 failures in a row')";
@@ -520,7 +520,7 @@ async fn findings(browser: &mut Chromium, axe: &Path) -> Vec<String> {
 }
 
 /// Returns a script that shows or hides the marks of old data.
-fn look_stale(is_stale: bool) -> String {
+fn show_stale(is_stale: bool) -> String {
     format!(
         "document.getElementById('main').classList.toggle('is-stale', {is_stale});
          document.getElementById('alert').hidden = !{is_stale};
@@ -603,12 +603,12 @@ async fn page_of_an_outage_is_accessible_and_fits_narrow_screens() {
                 [("light", false), ("dark", false), ("light", true), ("dark", true)]
             {
                 browser.prefer("prefers-color-scheme", scheme).await;
-                browser.eval(&look_stale(is_stale)).await;
+                browser.eval(&show_stale(is_stale)).await;
                 let findings = findings(&mut browser, &axe).await;
                 println!("{scheme}, stale {is_stale}: {} findings of axe-core", findings.len());
                 assert_eq!(findings, Vec::<String>::new(), "{scheme}, stale {is_stale}");
             }
-            browser.eval(&look_stale(false)).await;
+            browser.eval(&show_stale(false)).await;
         }
     }
 

@@ -144,7 +144,7 @@ fn hosts(request: &Parts) -> impl Iterator<Item = &[u8]> {
     authority.into_iter().chain(headers)
 }
 
-/// Returns the host of an authority, without its port. `None` if the port is not a number.
+/// Returns the host of an authority, without its port. Returns `None` if the port is not a number.
 fn host_of(authority: &str) -> Option<&str> {
     let end = match authority.starts_with('[') {
         true => authority.find(']')? + 1,
@@ -176,7 +176,7 @@ fn is_forwarded(headers: &HeaderMap) -> bool {
     })
 }
 
-/// Returns whether all known addresses of the peer are loopback addresses. `None` if there is none.
+/// Returns whether all known addresses of the peer are loopback addresses. Returns `None` if no address is known.
 fn is_from_loopback(request: &Parts) -> Option<bool> {
     let own = request.extensions.get().map(|PeerAddr(peer)| peer.ip());
     #[cfg(feature = "axum")]
@@ -212,7 +212,8 @@ pub(super) fn is_of_another_site(request: &Parts) -> bool {
     !request.headers.get_all(header::ORIGIN).iter().all(is_own)
 }
 
-/// Returns the text that is encoded by `%` and two hexadecimal digits. `None` if it is not UTF-8 or not encoded so.
+/// Decodes a text in which `%` and two hexadecimal digits stand for a byte. Returns `None` if an encoded byte is
+/// incomplete, or if the bytes are not UTF-8.
 pub(super) fn percent_decode(encoded: &[u8]) -> Option<String> {
     let mut decoded = Vec::with_capacity(encoded.len());
     let mut rest = encoded;

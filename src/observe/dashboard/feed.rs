@@ -52,7 +52,7 @@ pub(super) struct Feed {
     newest: Mutex<Newest>,
 }
 
-/// The newest sample. It is dropped with the last stream that has sent it.
+/// The newest sample and its number. The streams hold the sample, so it is dropped with the last of them.
 #[derive(Debug, Default)]
 struct Newest {
     number: u64,
@@ -62,14 +62,14 @@ struct Newest {
 /// The status at one time, for all streams.
 #[derive(Debug)]
 pub(super) struct FeedSample {
-    /// The numbers of consecutive samples are consecutive, if a stream was open in between.
+    /// Increases by 1 with each sample.
     number: u64,
     /// The time of the next sample.
     pub(super) next_at: Instant,
     status: Status,
     /// The JSON texts of the layers, with the newest value of each track.
     layers: Vec<String>,
-    /// The changes since the sample before.
+    /// The changes since the previous sample, or all layers if that sample was dropped.
     tick: Bytes,
 }
 
@@ -148,7 +148,8 @@ impl Feed {
 }
 
 impl FeedSample {
-    /// Returns the changes since the sample before, if `seen` is that sample. `None`: a stream needs the whole status.
+    /// Returns the changes since the previous sample if `seen` is that sample. Otherwise returns `None`: the stream needs
+    /// the whole status.
     pub(super) fn tick_after(&self, seen: &Self) -> Option<&Bytes> {
         (seen.number + 1 == self.number).then_some(&self.tick)
     }

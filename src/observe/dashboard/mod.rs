@@ -1,9 +1,9 @@
 //! A live page with the state of all layers of a process, for the person on call.
 //!
 //! The page begins with a verdict in words, and one sentence for each layer that needs attention: its state, the reason,
-//! the time at which the state ends, and what happens next. Below are the layers, the worst first, with their numbers
-//! beside the limits and five minutes of history on one time axis, and the last [decisions](super::Decisions). It is one
-//! document without requests to other origins. It states when its data is old.
+//! the time at which the state ends, and what happens next. Below are the layers, the most severe first, with their
+//! numbers beside the limits and five minutes of history on one time axis, and the last [decisions](super::Decisions). The
+//! page is one document without requests to other origins. It states when its data is old.
 //!
 //! ```no_run
 //! use std::net::SocketAddr;
@@ -38,7 +38,7 @@
 //!
 //! # Access
 //!
-//! The page shows the names of layers and of upstreams, so there is no access without a choice:
+//! The page shows the names of layers and of upstreams, so the application must choose which requests are served:
 //!
 //! - [`loopback`](Dashboard::loopback) serves requests of this machine only. It needs the address of the peer in the
 //!   extensions of the request: axum's `ConnectInfo<SocketAddr>` (feature `axum`), or [`PeerAddr`]. With
@@ -162,7 +162,7 @@ impl Dashboard {
     /// Adds controls to the page, which force circuits open and closed, and reset them after a confirmation.
     ///
     /// The closure returns the name of the person or program that makes the request, or `None` to decline it with 403. It
-    /// runs for each `POST`, after the check of [access](self#access). Each use emits a WARN event and a
+    /// runs for each `POST` that has passed all other checks. Each use emits a WARN event and a
     /// [decision](super::Decision) with this name, of which at most 64 characters are used.
     ///
     /// A `POST` is declined if a browser reports that another site has made it, by `Sec-Fetch-Site`, or without this header
@@ -177,8 +177,8 @@ impl Dashboard {
         self
     }
 
-    /// Shows the texts of errors of health probes and health checks. By default they are withheld, because they can
-    /// contain names of hosts and paths.
+    /// Shows the texts of errors of health probes. By default they are withheld, because they can contain names of hosts
+    /// and paths. The errors of health checks are never shown.
     pub fn with_reasons(mut self) -> Self {
         self.options.has_details = true;
         self

@@ -32,7 +32,8 @@ const NONCE: &str = "{nonce}";
 /// The time after which a client tries a declined stream again, in seconds.
 const RETRY_STREAM: &str = "15";
 
-/// The routes of a live page.
+/// The paths of a live page. The endpoints of [`DashboardLayer`](super::DashboardLayer) and
+/// [`DashboardService`](super::DashboardService).
 #[derive(Clone)]
 pub struct DashboardRoutes {
     feed: Arc<Feed>,
@@ -40,7 +41,7 @@ pub struct DashboardRoutes {
     nonces: Arc<Nonces>,
 }
 
-/// One of the paths.
+/// A path that the page serves.
 enum Route<'a> {
     /// `/buttress`, which redirects to the page, so that the relative paths in the page are right.
     Root,

@@ -99,7 +99,7 @@ impl EventStream {
                 frame.push_str("retry: 1000\n\n");
                 frame.push_str(&self.feed.snapshot(&sample));
                 // The snapshot contains the last decisions. A client that continues needs those that it has missed. A
-                // number above the last one is from a process before this one.
+                // number above the last one is from an earlier process.
                 if self.sent_decision != u64::MAX {
                     let is_known = self.sent_decision <= sample.last_decision();
                     let after = if is_known { self.sent_decision } else { 0 };

@@ -393,7 +393,7 @@ async fn document_has_state_reason_and_limits() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn long_title_is_cut() {
+async fn long_title_is_truncated() {
     let title = "ä".repeat(100);
     let service = Registry::new().dashboard().guard(|_| true).title(title).service().unwrap();
     assert_eq!(status_json(&service).await["process"]["title"], "ä".repeat(64));
@@ -514,7 +514,7 @@ where
 }
 
 #[tokio::test(start_paused = true)]
-async fn stream_begins_with_everything_and_ticks_once_a_second() {
+async fn stream_begins_with_a_snapshot_and_ticks_once_a_second() {
     let (registry, layer) = search();
     let (_, other) = breaker("other");
     registry.watch(&other.handle()).unwrap();
@@ -617,7 +617,7 @@ async fn slow_reader_skips_to_the_newest_sample() {
     layer.handle().force_open();
     assert_eq!(fast.next().await.0, "decision");
     assert_eq!(fast.next().await.0, "tick");
-    // One frame has everything that the reader has missed, and nothing else is queued.
+    // One frame contains all data that the reader has missed, and nothing else is queued.
     let frame = slow.body.frame().await.unwrap().unwrap().into_data().unwrap();
     let frame = std::str::from_utf8(&frame).unwrap();
     assert_eq!(frame.matches("event: decision").count(), 1);

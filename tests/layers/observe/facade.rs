@@ -62,7 +62,7 @@ async fn dropped_layer_has_gauges_of_0_and_the_next_one_continues_its_counters()
 }
 
 #[tokio::test(start_paused = true)]
-async fn layer_that_is_replaced_between_two_publications_continues_its_counters() {
+async fn layer_replaced_between_two_publications_continues_the_counters() {
     let registry = Registry::new();
     let recorder = PrometheusBuilder::new().build_recorder();
     let mut publisher = MetricsPublisher::new();

@@ -92,7 +92,7 @@ async fn respond<B>(request: Request<B>) -> Result<Response<Full<Bytes>>, Infall
     Ok(Response::builder().status(status).body(Full::from("hello")).unwrap())
 }
 
-/// Everything that the registry watches must live until the exports are read.
+/// Returns the layers that the registry watches. They must exist until the exports are read.
 async fn scenario(registry: &Registry) -> Box<dyn std::any::Any> {
     let request = |path: &str| Request::get(path).body(Empty::<Bytes>::new()).unwrap();
 

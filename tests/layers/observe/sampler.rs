@@ -128,7 +128,7 @@ async fn one_of_several_samplers_samples_and_another_continues_after_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn budget_that_is_used_up_is_reported_once_and_again_when_it_is_back() {
+async fn used_up_budget_and_its_recovery_are_reported_once_each() {
     let registry = Registry::new();
     let budget = RetryBudget::with(0.1, 1, 10);
     let layer = RetryLayer::http().budget(budget).name("search");
@@ -274,7 +274,7 @@ async fn sampler_and_decisions_survive_a_subscriber_that_panics() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn keyed_layer_reports_its_first_open_circuit_and_the_end_of_the_last_one() {
+async fn keyed_layer_reports_its_first_open_circuit_and_when_none_is_open() {
     let registry = Registry::new();
     let layer =
         CircuitBreakerLayer::http().name("api").keyed(|request: &Request<u32>| *request.body());

@@ -16,7 +16,8 @@ pub fn program(name: &str) -> Option<PathBuf> {
     env::split_paths(&path).chain([unpacked]).map(|dir| dir.join(name)).find(|path| path.exists())
 }
 
-/// A running Prometheus that scrapes one target each second, with its exemplars. Dropping it stops the process and deletes its data.
+/// A running Prometheus that scrapes one target each second, with its exemplars. Dropping it stops the process and deletes
+/// its data.
 pub struct Prometheus {
     child: Child,
     pub url: String,
