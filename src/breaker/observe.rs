@@ -84,17 +84,23 @@ impl<Q: Send + Sync + 'static> Observed for Circuits<Q> {
         let counts = KeyedCircuit::count_states(&circuits);
         let open = counts[CircuitState::Open as usize] + counts[CircuitState::ForcedOpen as usize];
         let all = circuits.len() as u64;
-        let severity = match open {
-            0 => Severity::Healthy,
-            _ if open * 2 > all => Severity::Failing,
-            _ => Severity::Strained,
+        let half_open = counts[CircuitState::HalfOpen as usize];
+        // A half-open circuit is not healthy yet. Otherwise a long outage, whose circuits are half-open at times, would
+        // be reported as many short ones.
+        let (severity, state) = match open {
+            0 if half_open == 0 => (Severity::Healthy, "closed"),
+            0 => (Severity::Strained, "half_open"),
+            _ if open * 2 > all => (Severity::Failing, "open"),
+            _ => (Severity::Strained, "open"),
         };
-        let state = if open > 0 { "open" } else { "closed" };
-        let sentence = match open {
+        let mut sentence = match open {
             0 => format!("None of {all} circuits is open."),
             1 => format!("1 of {all} circuits is open."),
             _ => format!("{open} of {all} circuits are open."),
         };
+        if half_open > 0 {
+            sentence.push_str(&format!(" Half-open circuits: {half_open}."));
+        }
         let rejected: u64 = circuits.iter().map(|circuit| circuit.rejected).sum();
         Condition::new(severity, state, sentence).count("open circuits", open, Some(all)).count(
             "calls rejected",

@@ -172,7 +172,7 @@ impl Registry {
     ///
     /// The registry keeps the last 256 decisions, so a slow receiver delays no layer. Summaries need the
     /// [sampler](Self::run), and so do the decisions of a keyed circuit breaker: `circuits opened` when its first
-    /// circuit opens, and `circuits closed` when none is open any more.
+    /// circuit opens, and `circuits closed` when all are closed again.
     #[must_use]
     pub fn decisions(&self) -> Decisions {
         let log = &self.layers.log;

@@ -91,8 +91,8 @@ fn documented_table_is_that_of_the_source() {
     let mut page = String::from(
         "# Metrics\n\n\
          The registry of `buttress::observe` exports these metrics. The series of a histogram end in `_bucket`, `_sum` and\n\
-         `_count`. All values of a label except `name`, `check` and `version` are a closed set, and each value is exported\n\
-         from the first scrape. This table is made from the table in the source.\n\n\
+         `_count`. All values of a label except `name`, `key`, `check` and `version` are a closed set, and each value is\n\
+         exported from the first scrape. This table is made from the table in the source.\n\n\
          | metric | Prometheus | kind | unit | labels | meaning |\n|---|---|---|---|---|---|\n",
     );
     for metric in METRICS {
