@@ -335,9 +335,27 @@ impl fmt::Display for TripReason {
                      {window_failures} failed and {window_slow} slow of {window_calls} calls in the window"
                 )
             }
-            Self::Probe { outcome } => write!(f, "a probe ended as {outcome:?}"),
+            Self::Probe { outcome } => {
+                let (kind, reason) = (outcome.kind().as_str(), outcome.reason().as_str());
+                write!(f, "a probe ended as {kind} ({reason}")?;
+                outcome.code().map_or(Ok(()), |code| write!(f, " {code}"))?;
+                f.write_str(")")
+            }
             Self::SlowProbe => f.write_str("a probe was slow"),
             Self::ProbeTimeout => f.write_str("a probe did not end in time"),
         }
+    }
+}
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests {
+    use super::*;
+    use crate::outcome::Reason;
+
+    #[test]
+    fn reason_of_a_failed_probe_is_written_in_the_words_of_metrics() {
+        let outcome = Outcome::failure().because(Reason::Status).with_code(503);
+        let reason = TripReason::Probe { outcome };
+        assert_eq!(reason.to_string(), "a probe ended as failure (status 503)");
     }
 }
