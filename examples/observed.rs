@@ -66,7 +66,7 @@ async fn main() -> Result<(), BoxError> {
     };
     health.add(Check::watch("search", is_open).degrading())?;
 
-    // What the two URLs show.
+    // The registry that the two URLs read.
     let registry = Registry::new();
     registry.watch(&client.handle())?;
     registry.watch(&server.handle())?;

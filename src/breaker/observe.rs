@@ -15,8 +15,8 @@ use super::{
 };
 use crate::{
     observe::{
-        Condition, ForceCircuit, Observe, Observed, Part, Severity, Value, Visit, counted,
-        metrics::*,
+        Condition, ForceCircuit, KEYED_BREAKER, Observe, Observed, Part, Severity, Value, Visit,
+        counted, metrics::*,
     },
     outcome::{LayerKind, Reason},
     report::ReportChange,
@@ -42,7 +42,7 @@ impl<Q> Sealed for KeyedCircuitBreakerHandle<Q> {}
 impl<Q: Send + Sync + 'static> Observe for KeyedCircuitBreakerHandle<Q> {
     fn parts(&self) -> Vec<Part> {
         let state: Weak<Circuits<Q>> = Arc::downgrade(self.circuits());
-        vec![Part::new("keyed_circuit_breaker", self.circuits().named(), state)]
+        vec![Part::new(KEYED_BREAKER, self.circuits().named(), state)]
     }
 }
 

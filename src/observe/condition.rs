@@ -67,7 +67,7 @@ pub(crate) struct Condition {
     pub(crate) reason: Option<&'static str>,
     /// The time after which this state ends without an action.
     pub(crate) ends_in: Option<Duration>,
-    /// What happens next, or what to do.
+    /// The next change of the state, or the action that ends it.
     pub(crate) next: Option<Cow<'static, str>>,
     /// A text that may contain the words of an upstream, such as the error of a health probe.
     pub(crate) detail: Option<String>,

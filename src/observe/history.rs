@@ -20,7 +20,7 @@ pub(super) const MAX_SAMPLES: usize = 300;
 
 /// The number of samples from which the share of failed calls is computed.
 const RECENT_SAMPLES: usize = 10;
-/// The minimum shares of failed calls with which a stack is strained or failing, and the minimum number of calls.
+/// The minimum share of failed calls that makes a stack strained.
 const STRAINED_SHARE: f64 = 0.1;
 /// The minimum share of failed calls that makes a stack failing.
 const FAILING_SHARE: f64 = 0.5;

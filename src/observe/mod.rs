@@ -102,7 +102,7 @@ pub(crate) use self::{
     condition::{Condition, counted},
     exports::ExportCell,
     histogram::{CALL_BOUNDS, FixedHistogram, RETRY_BOUNDS, WAIT_BOUNDS},
-    visit::{ForceCircuit, Observed, VisitHistogram},
+    visit::{ForceCircuit, KEYED_BREAKER, Observed, VisitHistogram},
 };
 pub use self::{
     condition::{Fact, Severity},

@@ -18,6 +18,7 @@ use super::{
     episode::Summary,
     history::{EpisodeSummary, LayerSample, Repeated},
     registry::{Registry, Watched, WatchedLayers},
+    visit::KEYED_BREAKER,
 };
 use crate::{
     event::event,
@@ -52,9 +53,8 @@ impl Registry {
     /// With the feature `metrics` it also publishes the metrics after [`publish_metrics`](Self::publish_metrics).
     ///
     /// Metrics do not need the sampler, and neither do the reports of state changes, except those of a keyed circuit
-    /// breaker. If the future is spawned more than once, one of
-    /// the tasks samples, and another one continues when it ends. A task holds no reference to the registry between two
-    /// samples. Dropping the future stops the sampler.
+    /// breaker. If the future is spawned more than once, one of the tasks samples, and another one continues when it
+    /// ends. A task holds no reference to the registry between two samples. Dropping the future stops the sampler.
     pub fn run(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
         let layers = Arc::downgrade(self.layers());
         async move {
@@ -157,9 +157,6 @@ impl WatchedLayers {
     }
 }
 
-/// The kind of a keyed circuit breaker.
-const KEYED: &str = "keyed_circuit_breaker";
-
 /// The reason of a retry that the budget did not permit.
 const BUDGET_USED_UP: &str = "budget_used_up";
 
@@ -167,7 +164,7 @@ const BUDGET_USED_UP: &str = "budget_used_up";
 macro_rules! event_of_layer {
     ($level:ident, $layer:expr, $name:expr, $($fields:tt)*) => {
         match $layer {
-            "circuit_breaker" | "keyed_circuit_breaker" => {
+            "circuit_breaker" | KEYED_BREAKER => {
                 event!(breaker, $level, $layer, $name, $($fields)*);
             }
             "concurrency_limit" => event!(limit, $level, $layer, $name, $($fields)*),
@@ -196,7 +193,7 @@ impl Watched {
         let summaries = history.add(sample, &condition, now);
         history.assess(&mut condition, now);
         let is_changed = history.set_severity(condition.severity, at);
-        let change = (is_changed && self.layer == KEYED).then_some(StateChange {
+        let change = (is_changed && self.layer == KEYED_BREAKER).then_some(StateChange {
             event: match condition.severity {
                 Severity::Healthy => "circuits closed",
                 _ => "circuits opened",

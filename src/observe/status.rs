@@ -59,7 +59,7 @@ pub struct LayerStatus {
     pub reason: Option<&'static str>,
     /// The time at which this state ends without an action.
     pub ends_at: Option<SystemTime>,
-    /// What happens next, or what to do.
+    /// The next change of the state, or the action that ends it.
     pub next: Option<Cow<'static, str>>,
     /// A text that may contain the words of an upstream, such as the error of a health probe.
     pub detail: Option<String>,

@@ -89,6 +89,9 @@ impl dyn Visit + '_ {
     }
 }
 
+/// The kind of a keyed circuit breaker as a watched layer. Its metrics differ from those of a single circuit.
+pub(crate) const KEYED_BREAKER: &str = "keyed_circuit_breaker";
+
 /// The state of a layer, as a registry reads it.
 pub(crate) trait Observed: Send + Sync + 'static {
     /// Visits the values of all metrics of this layer. Takes each lock of the layer at most once, and does not call the

@@ -100,7 +100,7 @@ impl MeterLayer {
         self.durations.each_ref().map(FixedHistogram::snapshot)
     }
 
-    /// Returns the places for the exports of the latencies, by [`OutcomeKind`].
+    /// Returns the cells for the exports of the latencies, by [`OutcomeKind`].
     #[cfg(feature = "observe")]
     pub(super) fn export_cells(&self) -> [&ExportCell; 4] {
         self.durations.each_ref().map(FixedHistogram::export_cell)

@@ -7,7 +7,6 @@ use std::{
     collections::HashSet,
     fmt::Write,
     sync::{Arc, Weak},
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -17,13 +16,11 @@ use crate::{
     json::JsonText,
     observe::{
         registry::Registry,
+        sampler::SAMPLE_INTERVAL,
         status::{LayerStatus, Status, StatusJson},
     },
     sync::Mutex,
 };
-
-/// The time between two samples.
-const INTERVAL: Duration = Duration::from_secs(1);
 
 /// The settings of the page that change its data.
 #[derive(Clone, Debug, Default)]
@@ -86,19 +83,22 @@ impl Feed {
     /// Returns the sample of this time.
     pub(super) fn sample(&self, now: Instant) -> Arc<FeedSample> {
         let is_current = |sample: &Arc<FeedSample>| now < sample.next_at;
-        if let Some(sample) = self.newest.lock().sample.upgrade().filter(is_current) {
-            return sample;
-        }
-        // Reads the layers without the lock. Another stream may do the same; the first sample is used.
-        let status = self.registry.status();
-        let mut newest = self.newest.lock();
-        let before = newest.sample.upgrade();
+        let (number, before) = {
+            let newest = self.newest.lock();
+            (newest.number, newest.sample.upgrade())
+        };
         if let Some(sample) = before.as_ref().filter(|sample| is_current(sample)) {
             return sample.clone();
         }
-        newest.number += 1;
-        let sample = Arc::new(self.next(newest.number, now, status, before.as_deref()));
-        newest.sample = Arc::downgrade(&sample);
+        // Reads the layers and writes the sample without the lock. Another stream may do the same; the first sample is
+        // used. If that sample has been dropped meanwhile, no stream has seen its number, so the number is used again.
+        let status = self.registry.status();
+        let sample = Arc::new(self.next(number + 1, now, status, before.as_deref()));
+        let mut newest = self.newest.lock();
+        if let Some(other) = newest.sample.upgrade().filter(|_| newest.number != number) {
+            return other;
+        }
+        *newest = Newest { number: sample.number, sample: Arc::downgrade(&sample) };
         sample
     }
 
@@ -132,8 +132,8 @@ impl Feed {
         }
         tick.push_str("]}\n\n");
         // A late sample does not delay the following ones, unless it is later than a whole interval.
-        let due = before.map(|before| before.next_at + INTERVAL).filter(|due| *due > now);
-        let next_at = due.unwrap_or(now + INTERVAL);
+        let due = before.map(|before| before.next_at + SAMPLE_INTERVAL).filter(|due| *due > now);
+        let next_at = due.unwrap_or(now + SAMPLE_INTERVAL);
         FeedSample { number, next_at, status, layers, tick: tick.into() }
     }
 

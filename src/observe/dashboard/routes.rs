@@ -165,6 +165,12 @@ impl DashboardRoutes {
             ForceCircuit::Reset => ("closed", "reset"),
         };
         let layer = LayerKind::CircuitBreaker.as_str();
+        let why = format!("{action} on the live page, by {sender}");
+        let log = &self.feed.registry.layers().log;
+        let reporter =
+            DecisionReporter { log: Arc::downgrade(log), layer, name: Some(Arc::from(&*name)) };
+        // Before the event, because a panic of the subscriber must not withhold the decision.
+        log.add(reporter.decision("control used", None, why, 1));
         event!(
             breaker,
             WARN,
@@ -174,11 +180,6 @@ impl DashboardRoutes {
             sender = prose(&sender),
             "control used"
         );
-        let why = format!("{action} on the live page, by {sender}");
-        let name = Some(Arc::from(name));
-        let log = &self.feed.registry.layers().log;
-        let reporter = DecisionReporter { log: Arc::downgrade(log), layer, name };
-        log.add(reporter.decision("control used", None, why, 1));
         plain(StatusCode::OK, "done\n")
     }
 }

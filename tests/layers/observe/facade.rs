@@ -9,10 +9,10 @@ use buttress::{
 };
 use metrics::{
     Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit,
-    with_local_recorder,
+    set_default_local_recorder, with_local_recorder,
 };
 use metrics_exporter_prometheus::PrometheusBuilder;
-use tokio::time::advance;
+use tokio::time::{advance, sleep};
 
 use super::Page;
 use crate::support::secs;
@@ -154,4 +154,23 @@ async fn handles_and_descriptions_are_made_once() {
         ]
     );
     assert!(described.iter().all(|(_, unit, help)| *unit == Some(Unit::Count) && !help.is_empty()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn sampler_publishes_once_a_second_after_publication_is_turned_on() {
+    let registry = Registry::new();
+    let layer = CircuitBreakerLayer::http().name("search");
+    registry.watch(&layer.handle()).unwrap();
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let _installed = set_default_local_recorder(&recorder);
+    tokio::spawn(registry.run());
+    sleep(secs(3)).await;
+    assert_eq!(recorder.handle().render(), "");
+    registry.publish_metrics();
+    sleep(secs(2)).await;
+    let state = r#"buttress_breaker_state{name="search",state="forced_open"}"#;
+    assert_eq!(Page::parse(&recorder.handle().render()).get(state), 0.0);
+    layer.handle().force_open();
+    sleep(secs(2)).await;
+    assert_eq!(Page::parse(&recorder.handle().render()).get(state), 1.0);
 }
